@@ -1,0 +1,74 @@
+"""EngineConfig: what the user asked for. Frozen and closed; what is measured later is passed on, not written back."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any
+
+from core.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Options of one engine. Raises ConfigError when a value cannot be right."""
+
+    model: str | None = None  # folder or file; None = the embedded demo model
+    model_impl: str = "auto"  # auto, native, transformers, or the name of an implementation
+    dtype: str = "auto"  # auto = float32 on CPU, the checkpoint's on GPU
+    device: str = "auto"  # auto = cuda when there is one, else cpu
+    quantization: str | None = None
+    attention_backend: str | None = None  # None = CORE_ATTENTION_BACKEND, else the highest bid
+    trust_remote_code: bool = False
+    skip_tokenizer_init: bool = False
+    tokenizer: str | None = None  # folder; None = the model's own
+    chat_template: str | None = None  # file; None = the model's own
+    served_model_name: str | None = None  # None = the last part of the path
+    max_model_len: int | None = None  # tokens; None = the model's own limit
+    max_num_seqs: int = 64  # requests that run at a time
+    max_num_batched_tokens: int = 512  # token budget of a step
+    max_num_waiting: int = 4096  # requests that may queue
+    enable_prefix_caching: bool = True
+    block_size: int = 16  # tokens in a KV block
+    num_blocks: int | None = None  # KV blocks; None = from kv_cache_memory
+    kv_cache_memory: int = 2 * 1024**3  # bytes for K/V at the most
+    tensor_parallel_size: int = 1
+    seed: int = 0  # for requests that give none
+    disable_plugins: tuple[str, ...] = ()
+    prefer: tuple[str, ...] = ()  # settles ties between bids
+    num_threads: int | None = None  # CPU threads of the engine; None = torch's own choice
+    extra: dict[str, Any] = field(default_factory=dict)  # options of plugins, by their own names
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype {self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
+        if self.tensor_parallel_size != 1:
+            raise ConfigError("tensor_parallel_size above 1 is not supported yet; leave it at 1.")
+        positive = ("max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "block_size", "kv_cache_memory")
+        for name in (*positive, "max_model_len", "num_blocks", "num_threads"):
+            value = getattr(self, name)
+            if value is None and name not in positive:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
+        for name in ("disable_plugins", "prefer"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @classmethod
+    def from_options(cls, **options: Any) -> EngineConfig:
+        """Make a config of keyword options; an unknown one is a ConfigError with the nearest name."""
+        known = [entry.name for entry in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
+                raise ConfigError(f"Unknown option {name!r}.{hint}")
+        return cls(**options)
+
+    @property
+    def attention_backend_name(self) -> str | None:
+        """The backend asked for by option or by the environment."""
+        return self.attention_backend or os.environ.get("CORE_ATTENTION_BACKEND") or None

@@ -1,0 +1,219 @@
+"""What hooks take and return. Protocols are what plugins give, dataclasses what the host gives. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from core.batch import Batch
+    from core.spec import ModelSpec
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Mine, but not this one. The reason is shown to the user by `core-serve explain`."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Bid(Generic[T]):
+    """Mine, and I can. `build` is called only for the winner."""
+
+    name: str  # unique among the bids of one hook; what --model-impl or --attention-backend accepts
+    priority: int  # usual: native 100, transformers/paged 30, /rows 20, /cache 10
+    build: Callable[..., T | Refusal]  # a Refusal lets the next bid try (a probe found this one wrong)
+    features: Mapping[str, Any] = field(default_factory=dict)  # shown by `explain`
+    is_fallback: bool = False  # True: never chosen by --model-impl native
+    family: str = ""  # --model-impl FAMILY means the highest bid of that family ("transformers")
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+@runtime_checkable
+class Checkpoint(Protocol):
+    """An opened checkpoint. Nothing is read into memory until it is asked for."""
+
+    spec: ModelSpec
+
+    def tensor_names(self) -> Sequence[str]:
+        """Return the names of all tensors, under transformers' naming."""
+        ...
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every (name, tensor) once, in the dtype of the file, one in memory at a time."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back."""
+
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    vocab_size: int  # ids are in [0, vocab_size)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """Return the vocabulary's own spelling of a token, None if there is no such id."""
+        ...
+
+    @property
+    def has_chat_template(self) -> bool: ...
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_options: Any,
+    ) -> str:
+        """Return the prompt text of a conversation. Raises InvalidParameter("messages") if the template refuses."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------- attention
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """The K/V that one attention layer keeps for a token."""
+
+    name: str  # the layer's module path, for messages
+    num_kv_heads: int
+    k_dim: int
+    v_dim: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class AttentionArgs:
+    """What one attention call asks for; closed. A backend that does not honour a non-default value refuses."""
+
+    scaling: float  # multiplies q @ k.T
+    causal: bool = True
+    window: int | None = None  # a token sees itself and window - 1 tokens before it
+    chunk: int | None = None  # a token sees its own chunk of positions [n * chunk, (n + 1) * chunk) only
+    softcap: float | None = None  # scores = softcap * tanh(scores / softcap), before masking
+    sinks: Tensor | None = None  # [heads] logits that join the softmax without a value
+    bias: Tensor | None = None  # ALiBi slopes [heads]: adds -slope * (query position - key position)
+
+    def non_default(self) -> frozenset[str]:
+        """Return the names of the arguments that a backend has to honour."""
+        asked = {name for name in ("window", "chunk", "softcap", "sinks", "bias") if getattr(self, name) is not None}
+        return frozenset(asked if self.causal else asked | {"not_causal"})
+
+
+class AttentionBackend(Protocol):
+    """Owns the layout of the K/V cache and the attention over it."""
+
+    name: str
+    honours: frozenset[str]  # of AttentionArgs.non_default()
+
+    def allocate(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> None:
+        """Make the cache for `specs`, one entry a layer. Called once."""
+        ...
+
+    def plan(self, batch: Batch) -> None:
+        """Prepare what all layers of this step share. Called once a step, before the model runs."""
+        ...
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, args: AttentionArgs) -> Tensor:
+        """Store k, v of this step's tokens in `layer`'s cache and attend over each request's whole context.
+
+        q [tokens, heads, k_dim], k [tokens, kv_heads, k_dim], v [tokens, kv_heads, v_dim] -> [tokens, heads, v_dim].
+        Raises UnsupportedAttention, naming layer and argument.
+        """
+        ...
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True)
+class ModelFeatures:
+    """What the scheduler may do with a model."""
+
+    chunked_prefill: bool = True  # False: a prompt is run whole, in one step
+    prefix_caching: bool = True  # False: there is state that blocks do not hold
+
+
+class Model(Protocol):
+    """A model that serves. Weights are loaded when it is built."""
+
+    impl_name: str  # e.g. "native_llama", "transformers/paged"
+    vocab_size: int  # width of the logits
+    features: ModelFeatures
+
+    def kv_specs(self) -> Sequence[KVSpec]:
+        """Return what each attention layer keeps, in layer order; empty if the host keeps no K/V for this model."""
+        ...
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the logits [len(batch.logit_rows), vocab] of the tokens that batch.logit_rows names."""
+        ...
+
+    def release(self, request_id: str) -> None:
+        """Forget all state of a request that finished, was aborted or preempted. Unknown ids are fine."""
+        ...
+
+
+class LinearFactory(Protocol):
+    def __call__(self, name: str, in_features: int, out_features: int, bias: bool) -> nn.Module: ...
+
+
+class QuantMethod(Protocol):
+    """Owns a weight format from file to kernel, for native models and fallback alike."""
+
+    name: str
+
+    def replace_linears(self, model: nn.Module, checkpoint: Checkpoint) -> Sequence[str]:
+        """Replace the linears it takes in a module tree (on the meta device, before weights); return their names."""
+        ...
+
+    def finish(self, model: nn.Module) -> None:
+        """Repack for the device's kernel; called once all weights are loaded."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------- observers
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One engine step, for `on_step`."""
+
+    num_running: int
+    num_waiting: int
+    num_tokens: int  # tokens that ran
+    num_prefill_tokens: int
+    num_sampled: int
+    num_preempted: int
+    free_blocks: int
+    num_blocks: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """One finished sample, for `on_request_finished`. Times in seconds."""
+
+    id: str
+    finish_reason: str
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    num_preemptions: int
+    queue_s: float  # from arrival to the first step
+    ttft_s: float | None  # from arrival to the first token
+    total_s: float

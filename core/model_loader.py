@@ -1,0 +1,54 @@
+"""BuildContext: what the host hands to the builder of a model; and the walk down the ranked bids until one builds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from core.contracts import AttentionBackend, Bid, Checkpoint, Model, QuantMethod, Refusal
+from core.errors import NoImplementation
+
+if TYPE_CHECKING:
+    import torch
+
+    from core.config import EngineConfig
+
+logger = logging.getLogger("core_serve.model")
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """Given to `bid.build(checkpoint, context)`."""
+
+    options: EngineConfig
+    device: torch.device
+    dtype: torch.dtype
+    make_attention: Callable[[], AttentionBackend]  # a new backend of the chosen kind, for probes
+    quant_method: QuantMethod | None = None
+    shared: dict[str, Any] = field(default_factory=dict)  # between bids of one plugin: a module loaded once
+
+
+@dataclass(frozen=True)
+class BuildAttempt:
+    """One bid whose build was tried."""
+
+    name: str
+    refusal: str | None  # None: it serves
+
+
+def build_model(
+    bids: Sequence[Bid[Model]], checkpoint: Checkpoint, context: BuildContext
+) -> tuple[Model, list[BuildAttempt]]:
+    """Build the first of the ranked bids that does not refuse. Raises NoImplementation with every reason."""
+    attempts: list[BuildAttempt] = []
+    for bid in bids:
+        built = bid.build(checkpoint, context)
+        if not isinstance(built, Refusal):
+            attempts.append(BuildAttempt(bid.name, None))
+            return built, attempts
+        logger.warning("%s declined after loading: %s", bid.name, built.reason)
+        attempts.append(BuildAttempt(bid.name, built.reason))
+    reasons = "; ".join(f"{attempt.name}: {attempt.refusal}" for attempt in attempts)
+    raise NoImplementation(f"No implementation could serve {checkpoint.spec.path}. {reasons}")
