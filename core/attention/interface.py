@@ -1,0 +1,98 @@
+"""What all backends share: the cache's memory, the check of arguments, and the meaning of a mask.
+
+The contract itself is `core.contracts.AttentionBackend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.contracts import AttentionArgs, KVSpec
+from core.errors import UnsupportedAttention
+
+NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.uint16}
+
+
+def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return zeros on the CPU whose pages take memory only once they are written (calloc does that, torch.zeros not)."""
+    return torch.from_numpy(np.zeros(tuple(shape), NUMPY_DTYPES[dtype])).view(dtype)
+
+
+class PagedCache:
+    """K/V memory of all layers: keys[layer] [blocks, block_size, kv_heads, k_dim], values[layer] likewise."""
+
+    def __init__(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> None:
+        self.specs, self.num_blocks, self.block_size = tuple(specs), num_blocks, block_size
+        rows = (num_blocks, block_size)
+        self.keys = [lazy_zeros((*rows, spec.num_kv_heads, spec.k_dim), spec.dtype) for spec in specs]
+        self.values = [lazy_zeros((*rows, spec.num_kv_heads, spec.v_dim), spec.dtype) for spec in specs]
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k [tokens, kv_heads, k_dim] and v at `slots` [tokens]."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.view(-1, *keys.shape[2:]).index_copy_(0, slots, k.to(keys.dtype))
+        values.view(-1, *values.shape[2:]).index_copy_(0, slots, v.to(values.dtype))
+
+    def gather(self, layer: int, block_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return K and V of `block_ids` [n]: [n * block_size, kv_heads, dim] each, copied out."""
+        keys, values = self.keys[layer], self.values[layer]
+        k = keys.view(self.num_blocks, -1).index_select(0, block_ids)
+        v = values.view(self.num_blocks, -1).index_select(0, block_ids)
+        return k.view(-1, *keys.shape[2:]), v.view(-1, *values.shape[2:])
+
+
+def check_call(backend: str, honours: frozenset[str], spec: KVSpec, q: Tensor, k: Tensor, v: Tensor,
+               args: AttentionArgs) -> None:
+    """Raise UnsupportedAttention, naming layer and argument, if this call cannot be answered exactly."""
+    unknown = args.non_default() - honours
+    if unknown:
+        raise UnsupportedAttention(
+            f"Attention backend {backend!r} does not honour {', '.join(sorted(unknown))}, which layer {spec.name} asks "
+            f"for; it honours {', '.join(sorted(honours)) or 'nothing beyond plain causal attention'}."
+        )
+    wanted = ((spec.num_kv_heads, spec.k_dim), (spec.num_kv_heads, spec.v_dim))
+    found = (tuple(k.shape[1:]), tuple(v.shape[1:]))
+    if found != wanted:
+        raise UnsupportedAttention(f"Layer {spec.name} keeps K and V of [heads, width] {wanted}, but was given {found}.")
+    if q.shape[-1] != k.shape[-1] or q.shape[1] % k.shape[1]:
+        raise UnsupportedAttention(
+            f"Layer {spec.name} attends with {q.shape[1]} query heads of width {q.shape[-1]} over {k.shape[1]} K/V "
+            f"heads of width {k.shape[-1]}; the widths must agree and the heads divide."
+        )
+
+
+def visible(q_positions: Tensor, k_positions: Tensor, args: AttentionArgs) -> Tensor:
+    """Return a bool mask, True where the query at `q_positions` [..., q, 1] sees the key at `k_positions` [..., 1, k]."""
+    seen = k_positions <= q_positions
+    if args.window is not None:
+        seen = seen & (k_positions > q_positions - args.window)
+    if args.chunk is not None:
+        seen = seen & (k_positions // args.chunk == q_positions // args.chunk)
+    return seen
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, distance: Tensor, args: AttentionArgs) -> Tensor:
+    """Attend by the plain formula, in float32, with grouped heads, softcap, sinks and ALiBi.
+
+    q [batch, kv_heads, group, q, k_dim], k [batch, kv_heads, k, k_dim], v [batch, kv_heads, k, v_dim],
+    mask and distance (query position - key position) broadcast to [batch, kv_heads, group, q, k]
+    -> [batch, kv_heads, group, q, v_dim].
+    Softcap: Gemma 2 (2024). Sinks: Xiao et al. 2023, as a logit without a value. ALiBi: Press et al. 2021.
+    """
+    scores = torch.matmul(q.float(), k.float().transpose(-1, -2).unsqueeze(2)) * args.scaling
+    if args.softcap is not None:
+        scores = args.softcap * torch.tanh(scores / args.softcap)
+    heads = (1, q.shape[1], q.shape[2], 1, 1)
+    if args.bias is not None:
+        scores = scores - args.bias.float().view(heads) * distance
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if args.sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        sinks = args.sinks.float().view(heads).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    return torch.matmul(weights, v.float().unsqueeze(2)).to(q.dtype)

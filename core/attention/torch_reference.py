@@ -1,0 +1,47 @@
+"""The plain attention backend: request by request, the formula as written. The specification of all others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from core.attention.interface import PagedCache, check_call, softmax_attention, visible
+from core.batch import Batch
+from core.contracts import AttentionArgs, KVSpec
+
+
+class TorchReferenceAttention:
+    """Honours every argument but attention to the future; slow."""
+
+    name = "torch_reference"
+    honours = frozenset({"window", "chunk", "softcap", "sinks", "bias"})
+
+    def allocate(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> None:
+        self.cache = PagedCache(specs, num_blocks, block_size)
+
+    def plan(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, args: AttentionArgs) -> Tensor:
+        check_call(self.name, self.honours, self.cache.specs[layer], q, k, v, args)
+        self.cache.write(layer, self.batch.slots, k, v)
+        starts = self.batch.query_starts
+        parts = [
+            self._attend_one(q[start:end], row, layer, args)
+            for row, (start, end) in enumerate(zip(starts, starts[1:], strict=False))
+        ]
+        return torch.cat(parts)
+
+    def _attend_one(self, q: Tensor, row: int, layer: int, args: AttentionArgs) -> Tensor:
+        length = self.batch.context_lens[row]
+        blocks = -(-length // self.cache.block_size)
+        k, v = self.cache.gather(layer, self.batch.block_tables[row, :blocks])
+        k, v = k[:length].transpose(0, 1), v[:length].transpose(0, 1)  # [kv_heads, context, dim]
+        positions = torch.arange(length, device=q.device)
+        q_positions, k_positions = positions[-len(q) :, None], positions[None, :]
+        grouped = q.view(len(q), k.shape[0], -1, q.shape[-1]).permute(1, 2, 0, 3)
+        mask, distance = visible(q_positions, k_positions, args), q_positions - k_positions
+        out = softmax_attention(grouped[None], k[None], v[None], mask, distance, args)[0]
+        return out.permute(2, 0, 1, 3).reshape(len(q), q.shape[1], -1)
