@@ -19,6 +19,7 @@ class FinishReason(str, enum.Enum):
     STOP = "stop"  # end-of-sequence token, stop token or stop string
     LENGTH = "length"  # max_tokens or the model's length
     ABORT = "abort"
+    ERROR = "error"  # the model gave no usable logits
 
 
 @dataclass(eq=False)

@@ -1,0 +1,67 @@
+"""The core's own hook implementations: asked last. Everything heavy is imported where it is used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from core import API_VERSION
+from core.contracts import Bid, Refusal
+from core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from core.config import EngineConfig
+    from core.contracts import AttentionBackend, Checkpoint, Tokenizer
+    from core.spec import ModelSpec
+
+CORE_API = API_VERSION
+CPU_PRIORITY = 50
+REFERENCE_PRIORITY = 1  # plain and right, so whatever else can serves instead
+
+
+@hookimpl
+def provide_checkpoint(path: str, options: EngineConfig) -> Checkpoint | None:
+    """Open a Hugging Face folder."""
+    from core.weights import HFCheckpoint, is_hf_folder
+
+    return HFCheckpoint(path) if is_hf_folder(path) else None
+
+
+@hookimpl
+def provide_tokenizer(spec: ModelSpec, options: EngineConfig) -> Tokenizer | None:
+    """Load the tokenizer of a Hugging Face folder, or the one that --tokenizer-path names."""
+    if spec.format != "hf" and options.tokenizer is None:
+        return None
+    from core.tokenizer import load_hf_tokenizer
+
+    return load_hf_tokenizer(spec, options)
+
+
+@hookimpl
+def resolve_attention_backend(
+    spec: ModelSpec, options: EngineConfig
+) -> Bid[AttentionBackend] | Refusal | list[Bid[AttentionBackend] | Refusal] | None:
+    """Offer the CPU's backend where the engine runs on the CPU, and the reference anywhere."""
+    reference: Bid[AttentionBackend] = Bid("torch_reference", REFERENCE_PRIORITY, _build_reference, {"device": "any"})
+    if _runs_on_cpu(options.device):
+        return [Bid("cpu", CPU_PRIORITY, _build_cpu, {"device": "cpu"}), reference]
+    return [Refusal(f"cpu attention runs on the CPU only, and the device is {options.device!r}"), reference]
+
+
+def _runs_on_cpu(device: str) -> bool:
+    if device != "auto":
+        return device == "cpu"
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def _build_cpu() -> AttentionBackend:
+    from core.attention.cpu import CpuAttention
+
+    return CpuAttention()
+
+
+def _build_reference() -> AttentionBackend:
+    from core.attention.torch_reference import TorchReferenceAttention
+
+    return TorchReferenceAttention()

@@ -1,0 +1,51 @@
+"""`core-serve explain`: who would serve a model, and why the others would not. Reads the config, no weights."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from core.choice import explain_json, explain_text
+from core.commands.options import make_config, model_options
+from core.demo import demo_model_path
+from core.plugins import PluginHost
+from core.spec import ModelSpec
+
+
+@click.command("explain")
+@click.argument("model", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@model_options
+@click.pass_obj
+def explain(host: PluginHost, as_json: bool, **given: Any) -> None:
+    """Show who would serve MODEL and with which attention, who else bid, and why the others declined.
+
+    MODEL is a folder, a file or the name of a model in the local cache; the demo model if it is left out.
+    """
+    options = make_config(given, host)
+    spec = host.open_checkpoint(options.model or demo_model_path(), options).spec
+    method = host.quant_method(spec, options)
+    quantization = None if method is None else method.name
+    model = host.choose_model(spec, options)
+    attention = host.choose_attention(spec, options)
+    if as_json:
+        report = {**_facts(spec), "quantization": quantization}
+        report |= {"model_impl": explain_json(model), "attention_backend": explain_json(attention)}
+        click.echo(json.dumps(report, indent=2))
+        return
+    for name, value in {**_facts(spec), "quantization": quantization}.items():
+        click.echo(f"{name.replace('_', ' ')}: {value if value is not None else '-'}")
+    click.echo("\n" + explain_text(model) + "\n" + explain_text(attention), nl=False)
+
+
+def _facts(spec: ModelSpec) -> dict[str, Any]:
+    return {
+        "model": str(spec.path),
+        "format": spec.format,
+        "model_type": spec.model_type,
+        "architecture": spec.architecture,
+        "dtype": spec.torch_dtype,
+        "max_positions": spec.max_positions,
+    }

@@ -1,0 +1,127 @@
+"""The options of the command line: SGLang's names, vLLM's as aliases where they differ. Defaults are the configs' own.
+
+An option's last name is the field of EngineConfig or ServerOptions that it sets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from core.config import DTYPES, EngineConfig
+from core.plugins import PluginHost
+
+F = TypeVar("F", bound=Callable[..., Any])
+Decorator = Callable[[F], F]
+UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
+
+
+class ByteSize(click.ParamType):
+    """A number of bytes: 2GiB, 512MiB, 1.5GB, 1000000."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", value.strip().lower())
+        if found is None:
+            self.fail(f"{value!r} is not a size; right are 2GiB, 512MiB, 1.5GB or a number of bytes.", param, ctx)
+        return int(float(found[1]) * UNITS[found[2] or ""])
+
+
+def default_of(name: str) -> Any:
+    """Return EngineConfig's own default of an option."""
+    return getattr(EngineConfig, name)
+
+
+def _option(*names: str, help: str, **attributes: Any) -> Decorator[Any]:
+    field = names[-1]
+    attributes.setdefault("default", default_of(field))
+    attributes.setdefault("show_default", attributes["default"] is not None)
+    return click.option(*names, help=help, **attributes)
+
+
+def _flag(*names: str, help: str, **attributes: Any) -> Decorator[Any]:
+    return _option(*names, help=help, is_flag=True, show_default=False, **attributes)
+
+
+def _stacked(options: Sequence[Decorator[Any]]) -> Decorator[Any]:
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+DISABLE_PLUGIN = click.option(
+    "--disable-plugin", "disable_plugins", multiple=True, metavar="NAME", help="Leave a plugin out; repeatable."
+)
+
+MODEL_PATH = _option(
+    "--model-path",
+    "--model",
+    "model",
+    metavar="PATH",
+    help="Folder or file of the model, or the name of one in the local cache. Default: the demo model.",
+)
+
+MODEL_OPTIONS = [
+    _option("--model-impl", metavar="NAME", help="auto, native, transformers, or the name of an implementation."),
+    _option("--dtype", type=click.Choice(DTYPES), help="auto is float32 on a CPU and the checkpoint's own on a GPU."),
+    _option("--device", metavar="NAME", help="auto is cuda where there is one, else cpu."),
+    _option("--quantization", metavar="NAME", help="Quantization method. Default: the one that the checkpoint names."),
+    _option("--attention-backend", metavar="NAME", help="Attention backend. Default: the highest bid."),
+    _flag("--trust-remote-code", help="Allow running Python code that the checkpoint brings along."),
+    _option("--tokenizer-path", "--tokenizer", "tokenizer", metavar="PATH", help="Default: the model's own."),
+    _flag("--skip-tokenizer-init", help="Serve token ids only, without a tokenizer."),
+    _option("--chat-template", metavar="FILE", help="A Jinja file. Default: the model's own."),
+    _option("--prefer", multiple=True, metavar="NAME", help="Settle a tie for a plugin or implementation; repeatable."),
+    DISABLE_PLUGIN,
+]
+
+ENGINE_OPTIONS = [
+    _option("--context-length", "--max-model-len", "max_model_len", type=int, help="Tokens. Default: the model's limit."),
+    _option("--max-running-requests", "--max-num-seqs", "max_num_seqs", type=int, help="Requests that run at a time."),
+    _option(
+        "--chunked-prefill-size",
+        "--max-num-batched-tokens",
+        "max_num_batched_tokens",
+        type=int,
+        help="Token budget of a step.",
+    ),
+    _option("--max-queued-requests", "max_num_waiting", type=int, help="Requests that may wait."),
+    _flag(
+        "--disable-radix-cache",
+        "--no-enable-prefix-caching",
+        "enable_prefix_caching",
+        flag_value=False,
+        help="Compute every prompt anew, sharing no K/V between requests.",
+    ),
+    _option("--page-size", "--block-size", "block_size", type=int, help="Tokens in a KV block."),
+    _option("--num-blocks", type=int, help="KV blocks. Default: what --kv-cache-memory holds."),
+    _option("--kv-cache-memory", type=ByteSize(), show_default="2GiB", metavar="SIZE", help="Memory for K/V at the most."),
+    _option("--random-seed", "--seed", "seed", type=int, help="For requests that give none."),
+    _option("--num-threads", type=int, help="CPU threads of the engine. Default: torch's own choice."),
+]
+
+
+def model_options(function: F) -> F:
+    """Add what chooses a model's implementation."""
+    decorated: F = _stacked(MODEL_OPTIONS)(function)
+    return decorated
+
+
+def engine_options(function: F) -> F:
+    """Add everything that EngineConfig takes."""
+    decorated: F = _stacked([MODEL_PATH, *MODEL_OPTIONS, *ENGINE_OPTIONS])(function)
+    return decorated
+
+
+def make_config(given: Mapping[str, Any], host: PluginHost) -> EngineConfig:
+    """Return the config of parsed options. Plugins are the host's: those were blocked before parsing."""
+    return EngineConfig.from_options(**{**given, "disable_plugins": host.disabled})

@@ -1,0 +1,64 @@
+"""`core-serve` alone: serve a model over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import click
+
+from core.commands.options import ByteSize, make_config
+from core.demo import DEMO_NAME, demo_model_path
+from core.plugins import PluginHost
+from core.server.options import LOG_LEVELS, ServerOptions
+
+F = TypeVar("F", bound=Callable[..., Any])
+SERVER_FIELDS = ("host", "port", "api_key", "cors_origins", "max_request_bytes", "shutdown_grace", "log_level")
+
+SERVER_OPTIONS = [
+    click.option("--served-model-name", metavar="NAME", help="The name in requests. Default: the last part of the path."),
+    click.option("--host", default=ServerOptions.host, show_default=True, help="Address to listen at."),
+    click.option("--port", type=int, default=ServerOptions.port, show_default=True, help="0 takes any free one."),
+    click.option("--api-key", metavar="KEY", envvar="CORE_API_KEY", show_envvar=True, help="Ask clients for this key."),
+    click.option(
+        "--cors-origin", "cors_origins", multiple=True, metavar="ORIGIN", help="Browsers may call from here; repeatable."
+    ),
+    click.option(
+        "--max-request-bytes",
+        type=ByteSize(),
+        default=ServerOptions.max_request_bytes,
+        show_default="16MiB",
+        metavar="SIZE",
+        help="Longest HTTP body.",
+    ),
+    click.option(
+        "--shutdown-grace",
+        type=float,
+        default=ServerOptions.shutdown_grace,
+        show_default=True,
+        metavar="SECONDS",
+        help="Time that requests in flight get on SIGTERM.",
+    ),
+    click.option("--log-level", type=click.Choice(LOG_LEVELS), default=ServerOptions.log_level, show_default=True),
+]
+
+
+def server_options(function: F) -> F:
+    """Add everything that ServerOptions takes."""
+    for option in reversed(SERVER_OPTIONS):
+        function = option(function)
+    return function
+
+
+def serve(given: Mapping[str, Any], host: PluginHost) -> int:
+    """Serve until told to stop; return the exit code."""
+    server = ServerOptions(**{name: given[name] for name in SERVER_FIELDS})
+    config = make_config({name: value for name, value in given.items() if name not in SERVER_FIELDS}, host)
+    if config.model is None:
+        config = replace(
+            config, model=demo_model_path(), served_model_name=config.served_model_name or DEMO_NAME
+        )
+    from core.server.run import serve as run_server
+
+    return run_server(config, server)

@@ -1,0 +1,179 @@
+"""From a config to an engine: open the checkpoint, ask the plugins, build the model, size the K/V memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from core.blocks import BlockPool
+from core.choice import Choice, explain_text
+from core.config import EngineConfig
+from core.contracts import AttentionBackend, Checkpoint, KVSpec, Model, QuantMethod, Refusal
+from core.engine import Engine, EngineInfo
+from core.errors import ConfigError, CoreError
+from core.model_loader import BuildAttempt, BuildContext, build_model
+from core.plugins import PluginHost
+from core.runner import Runner
+from core.sampler import Sampler
+from core.scheduler import Scheduler, SchedulerLimits
+from core.spec import ModelSpec
+
+logger = logging.getLogger("core_serve")
+DEFAULT_MODEL_LEN = 2048  # tokens, where a config states none
+
+
+def build_engine(config: EngineConfig, host: PluginHost | None = None) -> Engine:
+    """Build an engine. Raises CoreError where the model cannot be served as asked."""
+    host = host or PluginHost.load(disable=config.disable_plugins)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    checkpoint = host.open_checkpoint(config.model or demo_path(), config)
+    spec = checkpoint.spec
+    attention = host.choose_attention(spec, config)
+    models = host.choose_model(spec, config)
+    quant_method = host.quant_method(spec, config)
+    context = _context(config, spec, attention, quant_method)
+    model, attempts = build_model(models.eligible, checkpoint, context)
+    return _assemble(config, host, checkpoint, model, context, attention.winner.bid.name, _explanation(models, attempts))
+
+
+def demo_path() -> str:
+    from core.demo import demo_model_path
+
+    return demo_model_path()
+
+
+def _context(
+    config: EngineConfig, spec: ModelSpec, attention: Choice[AttentionBackend], quant_method: QuantMethod | None
+) -> BuildContext:
+    device = torch.device(choose_device(config.device))
+
+    def make_attention() -> AttentionBackend:
+        built = attention.winner.bid.build()
+        if isinstance(built, Refusal):
+            raise CoreError(f"Attention backend {attention.winner.bid.name} declined: {built.reason}")
+        return built
+
+    return BuildContext(config, device, choose_dtype(config.dtype, spec, device), make_attention, quant_method)
+
+
+def choose_device(name: str) -> str:
+    """Return the device for "auto", or the one asked for. Raises ConfigError if torch has none of that kind."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r} was asked for, but torch sees no GPU. Use --device cpu, or install a CUDA torch.")
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is unknown to torch; use cpu or cuda.") from error
+    return name
+
+
+def choose_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    """float32 on a CPU, where half types are slow and less exact; elsewhere the checkpoint's own."""
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else (spec.torch_dtype or "bfloat16")
+    found = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"The checkpoint's dtype {name!r} is no torch dtype; choose one with --dtype.")
+    return found
+
+
+def _assemble(
+    config: EngineConfig,
+    host: PluginHost,
+    checkpoint: Checkpoint,
+    model: Model,
+    context: BuildContext,
+    attention_name: str,
+    explanation: str,
+) -> Engine:
+    spec = checkpoint.spec
+    max_model_len = choose_model_len(config, spec)
+    specs = list(model.kv_specs())
+    num_blocks = size_pool(config, specs, max_model_len)
+    attention = context.make_attention()
+    if specs:
+        attention.allocate(specs, num_blocks, config.block_size)
+    prefix_caching = config.enable_prefix_caching and model.features.prefix_caching
+    if config.enable_prefix_caching and not prefix_caching:
+        logger.info("prefix caching is off: %s keeps state that blocks do not hold", model.impl_name)
+    limits = SchedulerLimits(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        max_num_waiting=config.max_num_waiting,
+        chunked_prefill=model.features.chunked_prefill,
+        prefix_caching=prefix_caching,
+    )
+    tokenizer = None if config.skip_tokenizer_init else host.tokenizer(spec, config)
+    eos = sorted({*spec.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())})
+    info = EngineInfo(
+        model_name=config.served_model_name or spec.name,
+        model_path=str(spec.path),
+        impl_name=model.impl_name,
+        attention_name=attention_name,
+        dtype=str(context.dtype).removeprefix("torch."),
+        device=str(context.device),
+        max_model_len=max_model_len,
+        vocab_size=model.vocab_size,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        prefix_caching=prefix_caching,
+        quantization=context.quant_method.name if context.quant_method else None,
+        plugins=host.resolved,
+        explanation=explanation,
+    )
+    logger.info(
+        "model: %s · attention: %s · quantizer: %s · %s on %s · %d blocks of %d tokens",
+        info.impl_name, attention_name, info.quantization or "none", info.dtype, info.device, num_blocks, config.block_size,
+    )  # fmt: skip
+    runner = Runner(model, attention, config.block_size, context.device)
+    scheduler = Scheduler(BlockPool(num_blocks, config.block_size), limits)
+    sampler = Sampler(model.vocab_size, eos, context.device)
+    return Engine(info, config, host, runner, scheduler, sampler, tokenizer, eos)
+
+
+def choose_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    """The model's own limit, or a smaller one that was asked for. Raises ConfigError for a larger one."""
+    own = spec.max_positions
+    if config.max_model_len is None:
+        return own or DEFAULT_MODEL_LEN
+    if own is not None and config.max_model_len > own:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} is longer than the {own} tokens that the model's config allows. "
+            "Ask for less, or change max_position_embeddings (and rope scaling) in the checkpoint's config."
+        )
+    return config.max_model_len
+
+
+def size_pool(config: EngineConfig, specs: Sequence[KVSpec], max_model_len: int) -> int:
+    """Return the number of blocks: what was asked for, else what the memory holds, at most what can ever be used."""
+    if config.num_blocks is not None:
+        return config.num_blocks
+    per_request = -(-max_model_len // config.block_size)
+    usable = per_request * config.max_num_seqs
+    per_token = sum(spec.num_kv_heads * (spec.k_dim + spec.v_dim) * spec.dtype.itemsize for spec in specs)
+    if per_token == 0:
+        return usable  # the model keeps its own state; blocks only count tokens
+    held = config.kv_cache_memory // (per_token * config.block_size)
+    if held < 1:
+        raise ConfigError(
+            f"kv_cache_memory of {config.kv_cache_memory} bytes does not hold one block of {config.block_size} tokens "
+            f"({per_token * config.block_size} bytes). Give more with --kv-cache-memory."
+        )
+    if held < per_request:
+        logger.warning(
+            "K/V memory holds %d tokens, fewer than the model's %d: longer requests will be refused. "
+            "Give more with --kv-cache-memory or set a smaller --max-model-len.", held * config.block_size, max_model_len,
+        )  # fmt: skip
+    return min(held, usable)
+
+
+def _explanation(models: Choice[Model], attempts: Sequence[BuildAttempt]) -> str:
+    """The ranked table, and what loading found."""
+    probed = [f"{attempt.name}: {attempt.refusal or 'serves'}" for attempt in attempts]
+    return "\n".join([explain_text(models).rstrip(), *probed])

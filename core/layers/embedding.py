@@ -1,0 +1,31 @@
+"""Token embedding and the head that turns hidden states into logits; the two may share one weight."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.layers.linear import Linear, Loader, copy_checked
+
+
+class Embedding(nn.Module):
+    """ids [tokens] -> [tokens, size]."""
+
+    def __init__(self, count: int, size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, size, dtype=dtype), requires_grad=False)
+
+    def loaders(self, name: str) -> dict[str, Loader]:
+        return {f"{name}.weight": copy_checked(f"{name}.weight", self.weight)}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class Head(Linear):
+    """The linear onto the vocabulary."""
+
+    def tie(self, embedding: Embedding) -> None:
+        """Share the embedding's weight."""
+        self.weight = embedding.weight

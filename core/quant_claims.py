@@ -1,0 +1,50 @@
+"""Which quantization method takes a checkpoint: one claim wins, none or several are errors that say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from core.errors import ConfigError, PluginError
+
+if TYPE_CHECKING:
+    from core.config import EngineConfig
+    from core.contracts import QuantMethod
+    from core.spec import ModelSpec
+
+DISTRIBUTIONS = {"bitsandbytes": "bnb"}  # methods whose plugin is called otherwise
+
+
+def settle_claims(
+    claims: Sequence[tuple[str, QuantMethod]], spec: ModelSpec, options: EngineConfig
+) -> QuantMethod | None:
+    """Return the one method that claims. Raises ConfigError if one is needed and none does, PluginError for several."""
+    preferred = [claim for claim in claims if claim[0] in options.prefer or claim[1].name in options.prefer]
+    rivals = preferred or list(claims)
+    if len(rivals) > 1:
+        names = " and ".join(f"{plugin!r} ({method.name})" for plugin, method in rivals)
+        raise PluginError(f"Plugins {names} both claim the quantization of {spec.path}. Settle it with --prefer NAME.")
+    if not rivals:
+        _refuse_unclaimed(spec, options)
+        return None
+    return rivals[0][1]
+
+
+def _refuse_unclaimed(spec: ModelSpec, options: EngineConfig) -> None:
+    """Raise ConfigError if a quantization is named and nobody took it."""
+    stated = spec.quantization_config
+    if stated is None and options.quantization is None:
+        return
+    method = options.quantization or _method_name(stated or {})
+    short = DISTRIBUTIONS.get(method, method.replace("_", "-"))
+    source = "--quantization asks for" if options.quantization else f"{spec.path} is quantized with"
+    raise ConfigError(
+        f"{source} {method!r}, and no installed plugin takes it. Install one: pip install core-serve-quant-{short}"
+    )
+
+
+def _method_name(stated: Mapping[str, Any]) -> str:
+    name = stated.get("quant_method")
+    if isinstance(name, str):
+        return name
+    return "bitsandbytes" if stated.get("load_in_4bit") or stated.get("load_in_8bit") else "unnamed"

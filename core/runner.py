@@ -1,0 +1,99 @@
+"""Runner: scheduled tokens -> Batch -> model -> logits. Knows tensors and the model, not why something was scheduled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from core.batch import Batch
+from core.contracts import AttentionBackend, Model
+from core.request import ScheduledTokens
+
+
+@dataclass(frozen=True)
+class StepLogits:
+    """The logits of one step, by entry."""
+
+    sampled_rows: Tensor  # [entries that sample, vocab], in their order
+    prompt_rows: dict[int, Tensor]  # entry index -> [tokens of its prompt, vocab], where prompt logprobs were asked
+
+
+class Runner:
+    """Runs one model on one attention backend."""
+
+    def __init__(self, model: Model, attention: AttentionBackend, block_size: int, device: torch.device) -> None:
+        self.model, self.attention, self.block_size, self.device = model, attention, block_size, device
+        self.has_kv = bool(model.kv_specs())
+
+    @torch.inference_mode()
+    def run(self, entries: Sequence[ScheduledTokens], wants_prompt: set[int]) -> StepLogits:
+        """Run `entries`; `wants_prompt` holds the indices of those whose prompt rows are wanted."""
+        batch, ranges, last = self._batch(entries, wants_prompt)
+        if self.has_kv:
+            self.attention.plan(batch)
+        logits = self.model.forward(batch)
+        prompt_rows = {index: logits[start:end] for index, (start, end) in ranges.items()}
+        sampled = logits if len(last) == len(logits) else logits[torch.tensor(last, dtype=torch.int64)]
+        return StepLogits(sampled, prompt_rows)
+
+    def _batch(
+        self, entries: Sequence[ScheduledTokens], wants_prompt: set[int]
+    ) -> tuple[Batch, dict[int, tuple[int, int]], list[int]]:
+        ids: list[int] = []
+        starts = [0]
+        for entry in entries:
+            ids.extend(entry.request.token_ids(entry.start, entry.end))
+            starts.append(len(ids))
+        rows, ranges, last = _logit_rows(entries, starts, wants_prompt)
+        positions = self._positions(entries)
+        tables = self._tables(entries)
+        batch = Batch(
+            scheduled=entries,
+            token_ids=torch.tensor(ids, dtype=torch.int64).to(self.device),
+            positions=positions.to(self.device),
+            slots=self._slots(entries, positions, tables).to(self.device),
+            block_tables=tables.to(self.device),
+            query_starts=starts,
+            context_lens=[entry.end for entry in entries],
+            logit_rows=torch.tensor(rows, dtype=torch.int64).to(self.device),
+            attention=self.attention,
+        )
+        return batch, ranges, last
+
+    def _positions(self, entries: Sequence[ScheduledTokens]) -> Tensor:
+        if all(entry.count == 1 for entry in entries):
+            return torch.tensor([entry.start for entry in entries], dtype=torch.int64)
+        return torch.cat([torch.arange(entry.start, entry.end) for entry in entries])
+
+    def _tables(self, entries: Sequence[ScheduledTokens]) -> Tensor:
+        width = max(len(entry.request.block_ids) for entry in entries)
+        padded = [entry.request.block_ids + [0] * (width - len(entry.request.block_ids)) for entry in entries]
+        return torch.tensor(padded, dtype=torch.int64).view(len(entries), width)
+
+    def _slots(self, entries: Sequence[ScheduledTokens], positions: Tensor, tables: Tensor) -> Tensor:
+        counts = torch.tensor([entry.count for entry in entries])
+        rows = torch.arange(len(entries)).repeat_interleave(counts)
+        blocks = tables[rows, positions // self.block_size]
+        return blocks * self.block_size + positions % self.block_size
+
+
+def _logit_rows(
+    entries: Sequence[ScheduledTokens], starts: list[int], wants_prompt: set[int]
+) -> tuple[list[int], dict[int, tuple[int, int]], list[int]]:
+    """Return the tokens whose logits are needed; by entry, where its prompt rows lie; and where the sampled ones lie."""
+    rows: list[int] = []
+    ranges: dict[int, tuple[int, int]] = {}
+    last: list[int] = []
+    for index, entry in enumerate(entries):
+        if index in wants_prompt:
+            ranges[index] = (len(rows), len(rows) + entry.count)
+            rows.extend(range(starts[index], starts[index + 1]))
+            if entry.samples:
+                last.append(len(rows) - 1)
+        elif entry.samples:
+            last.append(len(rows))
+            rows.append(starts[index + 1] - 1)
+    return rows, ranges, last

@@ -1,0 +1,344 @@
+"""Scheduler: which tokens of which requests run in this step. Plain Python; knows neither tensors nor text.
+
+    add() -> waiting --admit--> running --complete()--> finished
+                ^                  |
+                +---- preempt -----+      blocks are freed, output is kept and recomputed with the prompt
+
+A step is filled in this order, until the token budget is spent:
+  1. running requests with one token left (decodes). One that needs a block when none is free preempts the last of the
+     running requests, which may be itself.
+  2. running requests in the middle of their prompt: the next chunk.
+  3. waiting requests, strictly in order; the first that does not fit ends the step. Never in a step that preempted.
+
+Order is (priority, arrival); a preempted request comes before new ones of its priority. A request gets the blocks for
+all its known tokens when it is admitted, so that only decodes ever ask for more. A waiting request may preempt running
+ones of strictly lower priority for their seat or their blocks, not for the token budget.
+
+Why nothing hangs: the first of the running requests is never the last unless it is alone; alone it fits, or add() had
+refused it. So it moves in every step, and everything before it in order is finite.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from core.blocks import BlockPool
+from core.errors import InvalidParameter, Overloaded, PromptTooLong
+from core.request import FinishReason, Request, ScheduledTokens, Status
+
+Key = tuple[int, int, float, int]  # (priority, 0 once admitted else 1, arrival, serial number)
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """What a step and the queue may hold."""
+
+    max_num_seqs: int  # requests that run at a time
+    max_num_batched_tokens: int  # token budget of a step
+    max_model_len: int  # tokens of prompt and output
+    max_num_waiting: int  # requests in the queue
+    chunked_prefill: bool = True  # False: a prompt runs whole, over the budget if need be; no prefix cache
+    prefix_caching: bool = True
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One step. A preempted request has no entry."""
+
+    entries: list[ScheduledTokens]  # decodes first
+    preempted: list[Request]  # they lost their blocks; the model has to forget their other state
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(entry.count for entry in self.entries)
+
+
+class _Line:
+    """Requests in order of their keys."""
+
+    def __init__(self) -> None:
+        self._keys: list[Key] = []
+        self.requests: list[Request] = []
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def insert(self, key: Key, request: Request) -> None:
+        insort(self._keys, key)
+        self.requests.insert(bisect_left(self._keys, key), request)
+
+    def remove(self, key: Key) -> None:
+        index = bisect_left(self._keys, key)
+        assert self._keys[index] == key
+        del self._keys[index], self.requests[index]
+
+
+@dataclass
+class _Step:
+    """A schedule in the making."""
+
+    budget: int  # tokens left
+    entries: dict[str, ScheduledTokens] = field(default_factory=dict)
+    preempted: list[Request] = field(default_factory=list)
+    admitted: int = 0
+
+    def run(self, request: Request, count: int) -> None:
+        self.entries[request.id] = ScheduledTokens(request, request.num_computed, count)
+        self.budget -= count
+
+    def drop(self, request: Request) -> None:
+        self.preempted.append(request)
+        entry = self.entries.pop(request.id, None)
+        if entry is not None:
+            self.budget += entry.count
+
+
+class Scheduler:
+    """Owns all unfinished requests and their blocks. One thread calls it."""
+
+    def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
+        self.pool = pool
+        self.limits = limits
+        self._caching = limits.prefix_caching and limits.chunked_prefill
+        self._requests: dict[str, Request] = {}
+        self._keys: dict[str, Key] = {}
+        self._waiting = _Line()
+        self._running = _Line()
+        self._serial = 0
+        self._blocked: tuple[Request, int] | None = None  # first in line, and the fewest free blocks since it failed
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    # ------------------------------------------------------------------------------------ in and out
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises Overloaded, PromptTooLong or InvalidParameter, and then keeps nothing of it."""
+        self._check_new(request)
+        self._check_length(request)
+        if len(self._waiting) >= self.limits.max_num_waiting:
+            raise Overloaded(
+                f"{len(self._waiting)} requests are waiting and the queue holds {self.limits.max_num_waiting}. "
+                "Try again later, or start the server with a larger max_num_waiting."
+            )
+        self._serial += 1
+        self._requests[request.id] = request
+        self._keys[request.id] = (request.priority, 1, request.arrival, self._serial)
+        self._waiting.insert(self._keys[request.id], request)
+
+    def abort(self, request_id: str) -> Request | None:
+        """End a request in whatever state it is and free all it holds; None if there is no such request.
+
+        Between schedule() and advance() too: its entry is then ignored by advance().
+        """
+        request = self._requests.get(request_id)
+        if request is not None:
+            self.complete(request, FinishReason.ABORT)
+        return request
+
+    def complete(self, request: Request, reason: FinishReason) -> None:
+        """Forget a request, running or waiting, and free its blocks; full ones stay cached until they are reused."""
+        assert self._requests.get(request.id) is request, f"request {request.id!r} is not in the scheduler"
+        del self._requests[request.id]
+        line = self._running if request.status is Status.RUNNING else self._waiting
+        line.remove(self._keys.pop(request.id))
+        self._release(request)
+        request.status = Status.FINISHED
+        request.finish_reason = reason
+
+    def _check_new(self, request: Request) -> None:
+        if request.id in self._requests:
+            raise InvalidParameter(f"Request id {request.id!r} is in use; give each request its own.", "request_id")
+        if not request.prompt_ids:
+            raise InvalidParameter("The prompt is empty; give at least one token.", "prompt")
+
+    def _check_length(self, request: Request) -> None:
+        pool, prompt, output = self.pool, request.num_prompt, max(1, request.max_tokens)
+        asked = f"A prompt of {prompt} tokens and max_tokens of {output} make {prompt + output} tokens"
+        limit, capacity = self.limits.max_model_len, pool.num_blocks * pool.block_size
+        if prompt + output > limit:
+            message = f"{asked}; the model's length is {limit}. Shorten the prompt or lower max_tokens."
+            raise PromptTooLong(message, "prompt" if prompt >= limit else "max_tokens")
+        if prompt + output > capacity:
+            message = (
+                f"{asked}; the KV cache holds {capacity} ({pool.num_blocks} blocks of {pool.block_size}). Shorten the "
+                "prompt, lower max_tokens, or start the server with a larger kv_cache_memory or num_blocks."
+            )
+            raise PromptTooLong(message, "prompt" if prompt >= capacity else "max_tokens")
+
+    # ------------------------------------------------------------------------------------ a step
+
+    def schedule(self) -> Schedule:
+        """Choose what runs now. Never empty while has_work. Call advance() with its entries before the next one."""
+        step = _Step(self.limits.max_num_batched_tokens)
+        prefilling = self._run_decodes(step)
+        self._run_chunks(prefilling, step)
+        self._admit_waiting(step)
+        return Schedule(list(step.entries.values()), step.preempted)
+
+    def advance(self, entries: Sequence[ScheduledTokens], sampled: Sequence[int | None]) -> None:
+        """Record that the entries ran: count their tokens, append the sampled ones, cache the blocks that became full.
+
+        sampled[i] belongs to entries[i]: a token id where entry.samples, else None. Entries of requests that were
+        completed or aborted since schedule() are ignored.
+        """
+        for entry, token in zip(entries, sampled, strict=True):
+            request = entry.request
+            if request.status is not Status.RUNNING:
+                continue
+            assert request.num_computed == entry.start, f"an entry of request {request.id!r} came twice"
+            assert token is None or entry.samples, f"a token for request {request.id!r} in the middle of its prompt"
+            request.num_computed = entry.end
+            if self._caching:
+                self._register(request, entry.start, entry.end)
+            if token is not None:
+                request.output_ids.append(token)
+
+    def _run_decodes(self, step: _Step) -> list[Request]:
+        """Run what has one token left; return the running requests that have more, in order."""
+        prefilling: list[Request] = []
+        for request in self._running.requests.copy():
+            if request.status is not Status.RUNNING:  # preempted by one before it
+                continue
+            remaining = request.num_remaining
+            assert remaining > 0, f"request {request.id!r} has no token to run; it was neither sampled nor completed"
+            if remaining > 1:
+                prefilling.append(request)
+            elif self._grow(request, step):
+                step.run(request, 1)
+        return prefilling
+
+    def _grow(self, request: Request, step: _Step) -> bool:
+        """Give a decode the block for its next token; False if it was itself the one to preempt."""
+        if request.num_tokens <= len(request.block_ids) * self.pool.block_size:
+            return True
+        while (fresh := self.pool.allocate(1)) is None:
+            victim = self._running.requests[-1]
+            self._preempt(victim, step)
+            if victim is request:
+                return False
+        request.block_ids += fresh
+        return True
+
+    def _run_chunks(self, prefilling: Sequence[Request], step: _Step) -> None:
+        for request in prefilling:
+            if step.budget <= 0:
+                return
+            if request.status is Status.RUNNING:
+                step.run(request, self._count(request, step))
+
+    def _admit_waiting(self, step: _Step) -> None:
+        # Not beside a preemption: whoever gave up its blocks would compete for them at once.
+        while self._waiting and step.budget > 0 and not step.preempted:
+            request = self._waiting.requests[0]
+            if not self._fits_budget(request, step) or self._still_blocked(request):
+                return
+            if not self._admit(request, step):
+                self._blocked = (request, self.pool.num_free)
+                return
+            step.run(request, self._count(request, step))
+            step.admitted += 1
+
+    def _count(self, request: Request, step: _Step) -> int:
+        return min(request.num_remaining, step.budget) if self.limits.chunked_prefill else request.num_remaining
+
+    def _fits_budget(self, request: Request, step: _Step) -> bool:
+        # An unchunked prompt larger than what is left of the budget runs as the only prefill of its step.
+        return self.limits.chunked_prefill or request.num_remaining <= step.budget or step.admitted == 0
+
+    # ------------------------------------------------------------------------------------ seats and blocks
+
+    def _admit(self, request: Request, step: _Step) -> bool:
+        """Give a waiting request a seat and blocks for all its known tokens, or change nothing of it."""
+        matched = self._match(request)
+        self.pool.share(matched)
+        fresh = self._make_room(request, self.pool.blocks_for(request.num_tokens) - len(matched), step)
+        if fresh is None:
+            self.pool.free(matched)
+            return False
+        request.block_ids = matched + fresh
+        request.num_computed = len(matched) * self.pool.block_size
+        if request.num_preemptions == 0:
+            request.num_cached = request.num_computed
+        self._seat(request)
+        return True
+
+    def _seat(self, request: Request) -> None:
+        priority, _, arrival, serial = key = self._keys[request.id]
+        self._waiting.remove(key)
+        self._keys[request.id] = (priority, 0, arrival, serial)
+        self._running.insert(self._keys[request.id], request)
+        request.status = Status.RUNNING
+
+    def _make_room(self, request: Request, count: int, step: _Step) -> list[int] | None:
+        """Return `count` blocks once there is a seat too, preempting requests of lower priority if that can help."""
+        if not self._can_make_room(request, count):
+            return None
+        while not self._has_room(count):
+            if not self._running or self._running.requests[-1].priority <= request.priority:
+                return None  # blocks of the preempted ones were shared with others, so fewer came free
+            self._preempt(self._running.requests[-1], step)
+        return self.pool.allocate(count)
+
+    def _can_make_room(self, request: Request, count: int) -> bool:
+        """False if it does not fit even without the requests of lower priority."""
+        lower = [other for other in self._running.requests if other.priority > request.priority]
+        freed = sum(len(other.block_ids) for other in lower)  # at the most: some may be shared
+        return self._has_room(count, seats=len(lower), blocks=freed)
+
+    def _has_room(self, count: int, seats: int = 0, blocks: int = 0) -> bool:
+        # One block of headroom for each running request: else the next decode would preempt the newcomer.
+        running = len(self._running) - seats
+        return running < self.limits.max_num_seqs and count + running <= self.pool.num_free + blocks
+
+    def _still_blocked(self, request: Request) -> bool:
+        """True if it failed before and nothing was freed since, so that the prefix cache need not be searched again."""
+        if len(self._running) >= self.limits.max_num_seqs:
+            return self._running.requests[-1].priority <= request.priority
+        if self._blocked is None or self._blocked[0] is not request or not self._running:
+            return False
+        free, fewest = self.pool.num_free, self._blocked[1]
+        self._blocked = (request, min(free, fewest))
+        return free <= fewest
+
+    def _preempt(self, request: Request, step: _Step) -> None:
+        key = self._keys[request.id]
+        self._running.remove(key)
+        self._waiting.insert(key, request)
+        self._release(request)
+        request.status = Status.WAITING
+        request.num_preemptions += 1
+        step.drop(request)
+
+    def _release(self, request: Request) -> None:
+        self.pool.free(request.block_ids)
+        request.block_ids = []
+        request.num_computed = 0
+        if self._blocked is not None and self._blocked[0] is request:
+            self._blocked = None
+
+    # ------------------------------------------------------------------------------------ prefix cache
+
+    def _match(self, request: Request) -> list[int]:
+        """Return cached blocks for its start. The last token is always left to compute: its logits are wanted."""
+        if not self._caching or request.params.prompt_logprobs is not None:
+            return []
+        return self.pool.match(request.token_ids(0, request.num_tokens), request.num_tokens - 1)
+
+    def _register(self, request: Request, start: int, end: int) -> None:
+        """Cache the blocks that tokens [start, end) made full."""
+        size, blocks = self.pool.block_size, request.block_ids
+        for index in range(start // size, end // size):
+            tokens = request.token_ids(index * size, (index + 1) * size)
+            blocks[index] = self.pool.register(blocks[index], blocks[index - 1] if index else None, tokens)

@@ -1,0 +1,21 @@
+"""Any causal language model of transformers, through its own module. Three ways, the fastest right one is probed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from core.config import EngineConfig
+    from core.contracts import Bid, Model, Refusal
+    from core.spec import ModelSpec
+
+CORE_API = (1, 0)
+
+
+@hookimpl
+def resolve_model_impl(spec: ModelSpec, options: EngineConfig) -> list[Bid[Model] | Refusal]:
+    from core_hf_fallback.bids import bids_for
+
+    return bids_for(spec, options)

@@ -1,0 +1,96 @@
+"""From a checkpoint to the fastest tier that is right for it. The module is loaded once and handed down the tiers."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+
+import torch
+from torch import Tensor, nn
+
+from core.contracts import Checkpoint, Model, Refusal
+from core.errors import CoreError
+from core.layers import pack_linears
+from core.model_loader import BuildContext
+from core_hf_fallback.cache import CacheModel
+from core_hf_fallback.interface import configs_of
+from core_hf_fallback.load import load_module
+from core_hf_fallback.paged import NotPaged, PagedModel, logits_of, rope_depends_on_length
+from core_hf_fallback.probe import Probe
+
+logger = logging.getLogger("core_serve.transformers")
+SHARED = "core_hf_fallback.module"
+DEFAULT_MAX_LEN = 2048
+
+
+class Loaded:
+    """A module, what it looks up for attention by itself, and the plain logits that every tier has to match."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.own_attention = {id(config): config._attn_implementation for config in configs_of(module)}
+        self.probe = Probe.of(self.plain_logits, embedding_size(module))
+
+    @property
+    def vocab_size(self) -> int:
+        return next(iter(self.probe.wanted.values())).shape[-1]
+
+    def plain_logits(self, ids: Tensor) -> Tensor:
+        parameters = inspect.signature(self.module.forward).parameters
+        positions = {"position_ids": torch.arange(ids.shape[1])[None]} if "position_ids" in parameters else {}
+        device = next(self.module.parameters()).device
+        ids, positions = ids.to(device), {name: value.to(device) for name, value in positions.items()}
+        return logits_of(self.module(input_ids=ids, use_cache=False, **positions))[0].cpu()
+
+    def restore_attention(self) -> None:
+        for config in configs_of(self.module):
+            config._attn_implementation = self.own_attention[id(config)]
+
+
+def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Model | Refusal:
+    """Build one tier, or refuse with what the probe found."""
+    if context.quant_method is not None:
+        return Refusal(f"quantization method {context.quant_method.name!r} is not wired into this implementation yet")
+    loaded = context.shared.get(SHARED)
+    if loaded is None:
+        loaded = context.shared[SHARED] = Loaded(load_module(checkpoint, context))
+    max_len = context.options.max_model_len or checkpoint.spec.max_positions or DEFAULT_MAX_LEN
+    if tier == "paged":
+        return _paged(loaded, context, max_len)
+    loaded.restore_attention()
+    return CacheModel(loaded.module, loaded.vocab_size, max_len)
+
+
+def _paged(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refusal:
+    start = time.monotonic()
+    name = rope_depends_on_length(loaded.module, max_len)
+    if name is not None:
+        return Refusal(f"{name} rotates by the length of the longest text in the batch")
+    try:
+        model = PagedModel(loaded.module)
+        wrong = loaded.probe.difference(model, context.make_attention(), context.device)
+    except NotPaged as reason:
+        return Refusal(str(reason))
+    except CoreError as error:
+        return Refusal(str(error))
+    except Exception as error:  # the module is anybody's code: whatever it raises on a flat batch declines this tier
+        return Refusal(f"the flat batch fails in the module: {type(error).__name__}: {error}")
+    if wrong is not None:
+        return Refusal(wrong)
+    pack_linears(loaded.module, kinds=(nn.Linear,))
+    wrong = loaded.probe.difference(model, context.make_attention(), context.device)
+    if wrong is not None:
+        return Refusal(f"with packed linears, {wrong}")
+    logger.info("probed transformers/paged in %.2f s: right", time.monotonic() - start)
+    return model
+
+
+def embedding_size(module: nn.Module) -> int:
+    """The number of token ids that the model takes."""
+    embedding = getattr(module, "get_input_embeddings", lambda: None)()
+    size = getattr(embedding, "num_embeddings", None)
+    return int(size) if size else int(module.config.get_text_config().vocab_size)
+
+
+

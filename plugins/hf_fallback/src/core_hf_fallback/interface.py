@@ -1,0 +1,188 @@
+"""The bridge from transformers' attention interface to the host's attention.
+
+A model's attention modules call the function registered as "core". Which request batch they work for, they learn from
+the Binding that was hung onto every module at load: no global state, so two models can live in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.attention.interface import softmax_attention, visible
+from core.batch import Batch
+from core.contracts import AttentionArgs, KVSpec
+from core.errors import UnsupportedAttention
+from core_hf_fallback.masks import Mask, MaskFunction, read_mask
+
+NAME = "core"
+ATTRIBUTE = "core_binding"
+BOOKKEEPING = frozenset({  # arguments that say nothing about this call's mathematics
+    "position_ids", "cache_position", "past_key_values", "past_key_value", "use_cache", "output_attentions",
+    "output_hidden_states", "output_router_logits", "return_dict", "position_embeddings", "num_items_in_batch", "labels",
+    "layer_idx", "logits_to_keep", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "deterministic",
+})
+
+
+class Binding:
+    """What one model's attention modules share: the names of layers, the current batch, and the calls so far."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        self.names = names  # id(module) -> its path in the model
+        self.layers: dict[tuple[str, int], int] = {}  # (module path, occurrence in a forward) -> layer of the cache
+        self.specs: list[KVSpec] = []
+        self.masks: list[Mask] = []  # by order of creation in a forward
+        self.recording = False
+        self.batch: Batch | None = None
+        self._calls: dict[str, int] = {}
+        self._mask_calls = 0
+
+    def start(self, batch: Batch | None) -> None:
+        """Begin a forward over `batch`; None = a recording one."""
+        self.batch, self.recording = batch, batch is None
+        self._calls.clear()
+        self._mask_calls = 0
+        if self.recording:
+            self.layers.clear()
+            self.specs.clear()
+            self.masks.clear()
+
+    def name_of(self, module: nn.Module) -> str:
+        return self.names.get(id(module), type(module).__name__)
+
+    def next_mask(self, function: MaskFunction) -> Mask:
+        """Return the meaning of the next mask that the model asks for; read once, in the recording forward."""
+        if self.recording:
+            self.masks.append(read_mask(function))
+        if self._mask_calls >= len(self.masks):
+            raise UnsupportedAttention("The model makes more masks in this forward than it did when it was loaded.")
+        self._mask_calls += 1
+        return self.masks[self._mask_calls - 1]
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> Tensor:
+        """q, k, v [tokens, heads, dim] -> [tokens, heads, v_dim]."""
+        name = self.name_of(module)
+        occurrence = self._calls.get(name, 0)
+        self._calls[name] = occurrence + 1
+        if self.recording:
+            return self._record(name, occurrence, q, k, v, args)
+        layer = self.layers.get((name, occurrence))
+        if layer is None or self.batch is None:
+            raise UnsupportedAttention(f"Layer {name} attends for the {occurrence + 1}. time in a forward; at load it did not.")
+        return self.batch.attention.attend(q, k, v, layer, args)
+
+    def _record(self, name: str, occurrence: int, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> Tensor:
+        if q.shape[0] != k.shape[0]:
+            raise UnsupportedAttention(
+                f"Layer {name} attends with {q.shape[0]} queries over {k.shape[0]} keys: it keeps state of its own."
+            )
+        self.layers[name, occurrence] = len(self.specs)
+        self.specs.append(KVSpec(name, k.shape[1], k.shape[2], v.shape[2], k.dtype))
+        positions = torch.arange(len(q), device=q.device)
+        distance = positions[:, None] - positions[None, :]
+        mask = visible(positions[:, None], positions[None, :], args)
+        grouped = q.view(len(q), k.shape[1], -1, q.shape[-1]).permute(1, 2, 0, 3)
+        out = softmax_attention(grouped[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], mask, distance, args)
+        return out[0].permute(2, 0, 1, 3).reshape(len(q), q.shape[1], -1)
+
+
+def bind(model: nn.Module) -> Binding:
+    """Hang one Binding onto every module of a model."""
+    binding = Binding({id(module): name for name, module in model.named_modules()})
+    for module in model.modules():
+        setattr(module, ATTRIBUTE, binding)
+    for config in configs_of(model):
+        setattr(config, ATTRIBUTE, binding)
+    return binding
+
+
+def configs_of(model: nn.Module) -> Sequence[Any]:
+    """Return every config object that a module of this model looks at."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        for config in (getattr(module, "config", None),):
+            if hasattr(config, "_attn_implementation"):
+                found[id(config)] = config
+    return list(found.values())
+
+
+def use_attention(model: nn.Module, name: str) -> None:
+    """Make a model's modules look up `name` in transformers' attention interface."""
+    for config in configs_of(model):
+        config._attn_implementation = name
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Registered as transformers' attention function "core".
+
+    query [1, heads, tokens, k_dim], key and value [1, kv_heads, tokens, dim] -> [1, tokens, heads, v_dim].
+    Raises UnsupportedAttention, naming layer and argument, for whatever it would otherwise drop.
+    """
+    binding: Binding = getattr(module, ATTRIBUTE)
+    name = binding.name_of(module)
+    _refuse_unknown(name, others, dropout)
+    if query.shape[0] != 1:
+        raise UnsupportedAttention(f"Layer {name} attends with a batch of {query.shape[0]}, not with the flat row given to it.")
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    args = AttentionArgs(
+        scaling=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
+        causal=causal or isinstance(attention_mask, Mask),
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    args = _with_mask(name, args, attention_mask, sliding_window)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return binding.attend(module, q, k, v, args).unsqueeze(0), None
+
+
+def _refuse_unknown(layer: str, others: dict[str, Any], dropout: float) -> None:
+    for name, value in others.items():
+        if value is not None and value is not False and name not in BOOKKEEPING:
+            raise UnsupportedAttention(f"Layer {layer} passes {name!r} to attention, which is not supported.")
+    if dropout:
+        raise UnsupportedAttention(f"Layer {layer} asks for dropout {dropout}; serving has none.")
+
+
+def _with_mask(layer: str, args: AttentionArgs, mask: Any, sliding_window: int | None) -> AttentionArgs:
+    """The mask is what counts: plain attention functions ignore the `sliding_window` argument beside it."""
+    if mask is None:
+        return replace(args, window=sliding_window)
+    if not isinstance(mask, Mask):
+        raise UnsupportedAttention(f"Layer {layer} brings a mask of its own ({type(mask).__name__}).")
+    if mask.unknown:
+        raise UnsupportedAttention(f"Layer {layer}: {mask.unknown}.")
+    return replace(args, window=mask.window, chunk=mask.chunk)
+
+
+def mask_interface(mask_function: MaskFunction, config: Any = None, **_: Any) -> Mask:
+    """Registered as transformers' mask builder "core": gives the mask's meaning instead of a tensor."""
+    binding: Binding | None = getattr(config, ATTRIBUTE, None)
+    if binding is None:
+        raise UnsupportedAttention("The model makes a mask with a config that none of its modules holds.")
+    return binding.next_mask(mask_function)
+
+
+def register() -> None:
+    """Enter both functions in transformers' tables; again does nothing."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask_interface)

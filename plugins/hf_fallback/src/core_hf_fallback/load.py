@@ -1,0 +1,78 @@
+"""A checkpoint's own transformers module, with its weights, on its device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.contracts import Checkpoint
+from core.errors import CheckpointError
+from core.model_loader import BuildContext
+from core.spec import ModelSpec
+
+
+def load_module(checkpoint: Checkpoint, context: BuildContext) -> nn.Module:
+    """Return the model in eval mode. Raises CheckpointError naming every missing, left-over or misshapen tensor."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    config = _config(checkpoint.spec, context)
+    model_class = _model_class(checkpoint.spec, config, context)
+    # Names in the file may differ from the module's; transformers' own loader knows how to rename and fuse them.
+    arguments: dict[str, Any] = {"config": config, "dtype": context.dtype, "output_loading_info": True}
+    if checkpoint.spec.format == "hf":
+        source: Any = str(checkpoint.spec.path)
+        if checkpoint.spec.auto_map and context.options.trust_remote_code:
+            arguments["trust_remote_code"] = True
+    else:
+        source = None
+        arguments["state_dict"] = dict(checkpoint.tensors())
+    try:
+        model, info = model_class.from_pretrained(source, **arguments)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"transformers cannot load {checkpoint.spec.path}: {type(error).__name__}: {error}"
+        ) from error
+    _check(checkpoint.spec, info)
+    return model.eval().to(context.device)
+
+
+def _config(spec: ModelSpec, context: BuildContext) -> Any:
+    from transformers import AutoConfig
+
+    if spec.format == "hf":
+        return AutoConfig.from_pretrained(str(spec.path), trust_remote_code=context.options.trust_remote_code)
+    values = {name: value for name, value in spec.config.items() if name != "model_type"}
+    return AutoConfig.for_model(spec.model_type, **values)
+
+
+def _model_class(spec: ModelSpec, config: Any, context: BuildContext) -> Any:
+    """The class that saved the checkpoint, where transformers has it: the Auto class does not map every text config."""
+    import transformers
+
+    if spec.auto_map.get("AutoModelForCausalLM"):
+        return transformers.AutoModelForCausalLM
+    named = getattr(transformers, spec.architecture, None) if spec.architecture else None
+    if isinstance(named, type) and hasattr(named, "generate"):
+        return named
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    raise CheckpointError(
+        f"{spec.path} was saved by {spec.architecture or 'an unnamed class'}; transformers has no causal language model "
+        f"of that name, nor one for model type {spec.model_type!r}."
+    )
+
+
+def _check(spec: ModelSpec, info: dict[str, Any]) -> None:
+    problems = []
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        names = sorted(map(str, info.get(kind) or ()))
+        if names:
+            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+            problems.append(f"{kind.replace('_', ' ')}: {', '.join(names[:10])}{more}")
+    if problems:
+        raise CheckpointError(f"The tensors of {spec.path} do not fit its class. {'; '.join(problems)}.")
+
+

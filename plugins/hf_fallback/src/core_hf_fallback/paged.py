@@ -1,0 +1,81 @@
+"""Tier paged: the flat row of tokens goes through the whole ...ForCausalLM, attention runs on the host's paged K/V."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.batch import Batch
+from core.contracts import KVSpec, ModelFeatures
+from core_hf_fallback.interface import NAME, bind, register, use_attention
+
+RECORDED_TOKENS = 6  # of the forward that finds the layers
+
+
+class NotPaged(Exception):
+    """Why a model cannot be served by this tier."""
+
+
+class PagedModel:
+    """A `core.contracts.Model` whose only state is K/V in the host's blocks."""
+
+    impl_name = "transformers/paged"
+    features = ModelFeatures()
+
+    def __init__(self, module: nn.Module) -> None:
+        """Find the layers by one recording forward. Raises NotPaged with the reason."""
+        register()
+        self.module = module
+        self.binding = bind(module)
+        use_attention(module, NAME)
+        self.keeps_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
+        logits = self._record()
+        self.vocab_size = logits.shape[-1]
+        if not self.binding.specs:
+            raise NotPaged("no layer calls transformers' attention interface")
+
+    def kv_specs(self) -> Sequence[KVSpec]:
+        return self.binding.specs
+
+    def forward(self, batch: Batch) -> Tensor:
+        self.binding.start(batch)
+        rows = batch.logit_rows if len(batch.logit_rows) else batch.logit_rows.new_zeros(1)
+        logits = self._logits(batch.token_ids, batch.positions, rows)
+        return logits[: len(batch.logit_rows)]
+
+    def release(self, request_id: str) -> None:
+        """All state is in the host's blocks."""
+
+    def _record(self) -> Tensor:
+        self.binding.start(None)
+        device = next(self.module.parameters()).device
+        ids = torch.arange(1, RECORDED_TOKENS + 1, device=device)
+        with torch.inference_mode():
+            return self._logits(ids, torch.arange(RECORDED_TOKENS, device=device), ids[-1:] - 1)
+
+    def _logits(self, ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        keep = {"logits_to_keep": rows} if self.keeps_logits else {}
+        out = self.module(input_ids=ids[None], position_ids=positions[None], use_cache=False, **keep)
+        logits = logits_of(out)[0]
+        return logits if self.keeps_logits and len(logits) == len(rows) else logits[rows]
+
+
+def logits_of(out: Any) -> Tensor:
+    """Logits [batch, tokens, vocab] of a model's output; a few models return a plain tuple."""
+    logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
+    return logits
+
+
+def rope_depends_on_length(module: nn.Module, max_model_len: int) -> str | None:
+    """Name the module whose rotation of a token depends on the longest text beside it, within max_model_len."""
+    for name, part in module.named_modules():
+        kinds = getattr(part, "rope_type", None)
+        values = kinds.values() if isinstance(kinds, dict) else [kinds]
+        original = getattr(part, "original_max_seq_len", None)
+        if any(kind in ("dynamic", "longrope") for kind in values) and (original is None or max_model_len > original):
+            return name
+    return None

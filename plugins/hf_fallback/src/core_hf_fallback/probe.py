@@ -1,0 +1,87 @@
+"""Is a tier right for this model? Runs a few tokens through it and compares with the plain module.
+
+Three requests of 7, 3 and 5 tokens; a budget that cuts the first in two, beside the prefill and decoding of others:
+
+    step 1    A[0:4]  B[0:3]
+    step 2    A[4:7]  B[3:4]  C[0:5]
+    step 3    A[7:8]  B[4:5]  C[5:6]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from core.contracts import AttentionBackend, Model
+from core.request import Request, ScheduledTokens
+from core.runner import Runner
+from core.sampling_params import SamplingParams
+
+BLOCK = 4
+LENGTHS = {"A": 8, "B": 5, "C": 6}
+STEPS: tuple[tuple[tuple[str, int, int], ...], ...] = (
+    (("A", 0, 4), ("B", 0, 3)),
+    (("A", 4, 7), ("B", 3, 4), ("C", 0, 5)),
+    (("A", 7, 8), ("B", 4, 5), ("C", 5, 6)),
+)
+Forward = Callable[[Tensor], Tensor]  # ids [1, tokens] -> logits [tokens, vocab]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The tokens to run and the logits that the plain module gives for them."""
+
+    ids: dict[str, list[int]]
+    wanted: dict[str, Tensor]  # [tokens, vocab] float32
+
+    @classmethod
+    def of(cls, plain: Forward, vocab_size: int) -> Probe:
+        """Draw tokens and ask the plain module, one text at a time."""
+        generator = torch.Generator().manual_seed(0)
+        low = min(3, vocab_size - 1)  # past padding, begin and end of text
+        ids = {
+            name: torch.randint(low, vocab_size, (count,), generator=generator).tolist() for name, count in LENGTHS.items()
+        }
+        with torch.inference_mode():
+            return cls(ids, {name: plain(torch.tensor([tokens])).float() for name, tokens in ids.items()})
+
+    def difference(self, model: Model, attention: AttentionBackend, device: torch.device) -> str | None:
+        """Run the tier; return what is wrong with it, None if it is right."""
+        attention.allocate(model.kv_specs(), num_blocks=16, block_size=BLOCK)
+        runner = Runner(model, attention, BLOCK, device)
+        requests = self._requests()
+        for number, step in enumerate(STEPS, 1):
+            entries = [ScheduledTokens(requests[name], start, end - start) for name, start, end in step]
+            rows = runner.run(entries, wants_prompt=set(range(len(entries)))).prompt_rows
+            for index, (name, start, end) in enumerate(step):
+                worst = _distance(rows[index].float().cpu(), self.wanted[name][start:end])
+                if not worst < tolerance(rows[index].dtype):
+                    return (
+                        f"its logits differ from the plain module's by {worst:.2g} of their spread "
+                        f"(step {number}, tokens {start} to {end - 1} of request {name})"
+                    )
+        return None
+
+    def _requests(self) -> dict[str, Request]:
+        params = SamplingParams(max_tokens=1)
+        order, made = [5, 2, 9, 1, 7, 3], {}
+        for name, ids in self.ids.items():
+            made[name] = Request(id=f"probe-{name}", prompt_ids=ids, params=params, max_tokens=1)
+            made[name].block_ids = [order.pop() for _ in range(-(-len(ids) // BLOCK))]
+        return made
+
+
+def _distance(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference, in standard deviations of the wanted logits; NaN counts as infinitely far."""
+    spread = wanted.std().clamp(min=1e-6)
+    return float(torch.nan_to_num((found - wanted).abs() / spread, nan=torch.inf).max())
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far rounding alone can move a logit, in standard deviations."""
+    return 2e-3 if dtype == torch.float32 else 0.25
+
+

@@ -1,0 +1,58 @@
+"""Checkpoint tensors into the model, one at a time: the peak is the model and its largest tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from core.contracts import Checkpoint, Model, Refusal
+from core.layers import pack_linears
+from core.layers.embedding import Head
+from core.layers.linear import Linear, Loader, MergedLinear
+from core.model_loader import BuildContext
+from core.weights import load_strict
+from core_native_llama.config import LlamaConfig
+from core_native_llama.model import Layer, LlamaModel
+
+
+def load(config: LlamaConfig, checkpoint: Checkpoint, context: BuildContext) -> Model | Refusal:
+    """Build the model and fill it. Raises CheckpointError naming every missing or left-over tensor."""
+    if context.quant_method is not None:
+        return Refusal(f"quantization method {context.quant_method.name!r} is not wired into this implementation yet")
+    with torch.device(context.device):
+        model = LlamaModel(config, context.dtype, context.device)
+    load_strict(_loaders(model), checkpoint.tensors(), ignore=_ignored(config))
+    pack_linears(model, kinds=(Linear, MergedLinear, Head))
+    return model.eval()
+
+
+def _loaders(model: LlamaModel) -> dict[str, Loader]:
+    """Return what takes each tensor, by its name in the checkpoint."""
+    found = model.embedding.loaders("model.embed_tokens") | model.norm.loaders("model.norm")
+    if not model.config.tied:
+        found |= model.head.loaders("lm_head")
+    for index, layer in enumerate(model.layers):
+        found |= _layer_loaders(layer, f"model.layers.{index}")
+    return found
+
+
+def _layer_loaders(layer: Layer, name: str) -> dict[str, Loader]:
+    attention = layer.attention
+    found = attention.qkv.merged_loaders([f"{name}.self_attn.{part}_proj" for part in "qkv"])
+    found |= attention.output.loaders(f"{name}.self_attn.o_proj")
+    if attention.q_norm is not None and attention.k_norm is not None:
+        found |= attention.q_norm.loaders(f"{name}.self_attn.q_norm")
+        found |= attention.k_norm.loaders(f"{name}.self_attn.k_norm")
+    found |= layer.attention_norm.loaders(f"{name}.input_layernorm")
+    found |= layer.mlp_norm.loaders(f"{name}.post_attention_layernorm")
+    return found | layer.mlp.loaders(f"{name}.mlp")
+
+
+def _ignored(config: LlamaConfig) -> Callable[[str], bool]:
+    """Buffers that old checkpoints carry, and a stored copy of the tied head."""
+
+    def ignore(name: str) -> bool:
+        return name.endswith(".rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
+
+    return ignore

@@ -1,0 +1,90 @@
+"""The decoder. Shapes: tokens [tokens], hidden states [tokens, hidden]; there is no batch dimension.
+
+    embed -> (norm, attention, +) (norm, mlp, +) for each layer -> norm -> head
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from core.batch import Batch
+from core.contracts import AttentionArgs, KVSpec, ModelFeatures
+from core.layers import Attention, Embedding, GatedMLP, Head, Linear, MergedLinear, RMSNorm, Rotary, apply_rotary
+from core_native_llama.config import LlamaConfig
+
+Rotation = tuple[Tensor, Tensor]  # cos, sin: [tokens, 1, head_dim]
+
+
+class SelfAttention(nn.Module):
+    """Merged Q, K, V; optional norms of Q and K by head (Qwen3); rotary; attention; output."""
+
+    def __init__(self, config: LlamaConfig, layer: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.q_size, self.kv_size = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.qkv = MergedLinear(config.hidden, [self.q_size, self.kv_size, self.kv_size], config.qkv_bias, dtype)
+        self.output = Linear(self.q_size, config.hidden, config.output_bias, dtype)
+        self.q_norm = RMSNorm(config.head_dim, config.eps, dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.eps, dtype) if config.qk_norm else None
+        spec = KVSpec(f"model.layers.{layer}.self_attn", config.kv_heads, config.head_dim, config.head_dim, dtype)
+        args = AttentionArgs(scaling=config.head_dim**-0.5, window=config.windows[layer])
+        self.attention = Attention(layer, spec, args)
+
+    def forward(self, x: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
+        dim = self.config.head_dim
+        q, k, v = self.qkv(x).split([self.q_size, self.kv_size, self.kv_size], -1)
+        q, k, v = q.view(len(x), -1, dim), k.view(len(x), -1, dim), v.view(len(x), -1, dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rotary(q, *rotation), apply_rotary(k, *rotation)
+        out: Tensor = self.output(self.attention(q, k, v, batch).reshape(len(x), -1))
+        return out
+
+
+class Layer(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden, config.eps, dtype)
+        self.attention = SelfAttention(config, layer, dtype)
+        self.mlp_norm = RMSNorm(config.hidden, config.eps, dtype)
+        self.mlp = GatedMLP(config.hidden, config.inner, config.mlp_bias, dtype)
+
+    def forward(self, x: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation, batch)
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        return out
+
+
+class LlamaModel(nn.Module):
+    """A `core.contracts.Model`."""
+
+    impl_name = "native_llama"
+
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.config, self.dtype, self.vocab_size = config, dtype, config.vocab
+        self.embedding = Embedding(config.vocab, config.hidden, dtype)
+        self.layers = nn.ModuleList(Layer(config, layer, dtype) for layer in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.eps, dtype)
+        self.head = Head(config.hidden, 0 if config.tied else config.vocab, False, dtype)
+        if config.tied:
+            self.head.tie(self.embedding)
+        self.rotary = Rotary(config.head_dim, config.max_positions, config.rope, device)
+        self.features = ModelFeatures(prefix_caching=not self.rotary.depends_on_length)
+
+    def kv_specs(self) -> Sequence[KVSpec]:
+        return [layer.attention.attention.spec for layer in self.layers]
+
+    def forward(self, batch: Batch) -> Tensor:
+        x = self.embedding(batch.token_ids)
+        rotation = self.rotary(batch, self.dtype)
+        for layer in self.layers:
+            x = layer(x, rotation, batch)
+        logits: Tensor = self.head(self.norm(x[batch.logit_rows]))
+        return logits
+
+    def release(self, request_id: str) -> None:
+        """All state is in the host's blocks."""
