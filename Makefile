@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 PROJECTS := $(wildcard plugins/*/pyproject.toml)
-EDITABLE := $(foreach project,$(PROJECTS),-e $(patsubst %/pyproject.toml,%,$(project)))
+EDITABLE := $(foreach project,$(PROJECTS),-e '$(patsubst %/pyproject.toml,%,$(project))[dev]')
 SOURCES := core tests plugins
 
 .PHONY: serve test check fix docs bench

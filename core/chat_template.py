@@ -135,4 +135,4 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(layout: str) -> str:
-    return datetime.now().strftime(layout)
+    return datetime.now().strftime(layout)  # noqa: DTZ005 - local time without a zone, as in transformers

@@ -152,7 +152,7 @@ def verdict(choice: Choice[Any], one: RankedBid[Any]) -> str:
     if not places:
         return f"left out by {choice.wish}"
     if places[0] > 0:
-        return f"tried as number {places[0] + 1}, if those above decline"
+        return f"stands by as number {places[0] + 1}"
     rest = [bid.priority for bid in choice.eligible[1:]]
     why = "the only one" if not rest else "preferred" if rest[0] == one.bid.priority else "highest priority"
     return f"serves: {why}" if choice.wish.endswith(f" {AUTO}") else f"serves: {why} for {choice.wish}"

@@ -72,7 +72,7 @@ def make_cli() -> click.Group:
     @server_options
     @click.version_option(core.__version__, prog_name=PROG)
     @click.pass_context
-    def cli(ctx: click.Context, **given: Any) -> int | None:
+    def cli(ctx: click.Context, /, **given: Any) -> int | None:
         """Serve a language model over HTTP, with OpenAI's API. With a COMMAND, do that instead.
 
         Without --model-path the demo model is served. `core-serve explain PATH` says who would serve a model.

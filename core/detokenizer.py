@@ -7,7 +7,7 @@ of new tokens is the difference between two decodes of a short window, and not o
                           ^start    ^read     ^end
 
 Pending text that ends in the replacement character may be half a character: it waits for the next token.
-The window begins in the prompt, so the texts of all deltas continue the prompt: decode(prompt + output) - decode(prompt).
+The window begins in the prompt, so all deltas together continue it: decode(prompt + output) less decode(prompt).
 """
 
 from __future__ import annotations
@@ -38,18 +38,20 @@ class Detokenizer:
         if tokenizer is None and params.stop:
             message = f"stop is {list(params.stop)!r}, but there is no tokenizer to find it with. Use stop_token_ids."
             raise InvalidParameter(message, "stop")
-        self._pieces = _Pieces(tokenizer, prompt_ids, params.skip_special_tokens) if tokenizer else None
+        self._pieces = _Pieces(tokenizer, prompt_ids, params.skip_special_tokens) if tokenizer is not None else None
         self._stops = _StopSearch(params.stop, params.include_stop_str_in_output)
         self._min_tokens = params.min_tokens
         self._num_tokens = 0
 
     def append(self, token_ids: Sequence[int], is_last: bool = False) -> Decoded:
         """Return what new tokens decide. After a stop string, and after the last token, there is no more text."""
+        if self._pieces is None:
+            return Decoded("")
         text = ""
-        for token in token_ids if self._pieces else ():
+        for token in token_ids:
             self._num_tokens += 1
             text += self._check(self._pieces.append(token))
-        if is_last and self._pieces:
+        if is_last:
             text += self._check(self._pieces.flush()) + self._stops.flush()
         return Decoded(text, self._stops.found)
 
@@ -104,8 +106,7 @@ class _Pieces:
 
     def _commit(self, end: int) -> None:
         """Make ids[read:end] the context of what follows."""
-        self._ids = self._ids[self._read :]
-        self._read = end - (self._read if end >= self._read else 0)
+        self._ids, self._read = self._ids[self._read :], end - self._read
         self._before = self._decode(self._ids[: self._read])
 
     def _split(self) -> str:

@@ -43,6 +43,7 @@ class Sample:
             self.request.output_ids.pop()
             return self._delta([], "", None, FinishReason.ERROR, sampled.failed), FinishReason.ERROR
         token = sampled.token_id
+        reason: int | str | None
         stop, reason = self._stop_token(token)
         length = FinishReason.LENGTH if len(self.request.output_ids) >= self.request.max_tokens else None
         decoded = self.detokenizer.append([] if stop else [token], is_last=stop or length is not None)

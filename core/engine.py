@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-
 from typing import TYPE_CHECKING
 
 from core.config import EngineConfig
@@ -71,7 +70,7 @@ class Engine:
     def add(self, request: ClientRequest) -> None:
         """Queue a client's request. Raises RequestError, naming the field, if it can never be served."""
         self._check(request)
-        bad_words = bad_word_ids(self.tokenizer, request.params.bad_words) if request.params.bad_words else []
+        bad_words = self._bad_words(request.params)
         made = [self._make(request, index) for index in range(request.params.n)]
         added: list[Request] = []
         try:
@@ -96,13 +95,14 @@ class Engine:
         for token in request.prompt_ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.info.vocab_size:
                 raise InvalidParameter(
-                    f"The prompt holds {token!r}, which is no token id; ids are 0 to {self.info.vocab_size - 1}.", "prompt"
+                    f"The prompt holds {token!r}, which is no token id; ids are 0 to {self.info.vocab_size - 1}.",
+                    "prompt",
                 )
         asked = params.max_tokens or 1
         if len(request.prompt_ids) + asked > limit:
             raise PromptTooLong(
-                f"The prompt of {len(request.prompt_ids)} tokens and max_tokens of {asked} are longer than this model's "
-                f"{limit}. Shorten them or start with a larger --max-model-len.",
+                f"The prompt of {len(request.prompt_ids)} tokens and max_tokens of {asked} are longer than this "
+                f"model's {limit}. Shorten them or start with a larger --max-model-len.",
                 "prompt",
             )
         if self.tokenizer is None and (params.stop or params.bad_words):
@@ -123,6 +123,9 @@ class Engine:
             priority=request.priority,
             seed=(seed + index) % 2**63,
         )
+
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        return bad_word_ids(self.tokenizer, params.bad_words) if self.tokenizer and params.bad_words else []
 
     def abort(self, request_id: str) -> None:
         """Drop a client's request and free everything it holds; an unknown id does nothing."""

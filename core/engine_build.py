@@ -36,7 +36,9 @@ def build_engine(config: EngineConfig, host: PluginHost | None = None) -> Engine
     quant_method = host.quant_method(spec, config)
     context = _context(config, spec, attention, quant_method)
     model, attempts = build_model(models.eligible, checkpoint, context)
-    return _assemble(config, host, checkpoint, model, context, attention.winner.bid.name, _explanation(models, attempts))
+    return _assemble(
+        config, host, checkpoint, model, context, attention.winner.bid.name, _explanation(models, attempts)
+    )
 
 
 def demo_path() -> str:
@@ -64,7 +66,9 @@ def choose_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r} was asked for, but torch sees no GPU. Use --device cpu, or install a CUDA torch.")
+        raise ConfigError(
+            f"device {name!r} was asked for, but torch sees no GPU. Use --device cpu, or install a CUDA torch."
+        )
     try:
         torch.device(name)
     except RuntimeError as error:
@@ -129,7 +133,8 @@ def _assemble(
     )
     logger.info(
         "model: %s · attention: %s · quantizer: %s · %s on %s · %d blocks of %d tokens",
-        info.impl_name, attention_name, info.quantization or "none", info.dtype, info.device, num_blocks, config.block_size,
+        info.impl_name, attention_name, info.quantization or "none", info.dtype, info.device, num_blocks,
+        config.block_size,
     )  # fmt: skip
     runner = Runner(model, attention, config.block_size, context.device)
     scheduler = Scheduler(BlockPool(num_blocks, config.block_size), limits)
@@ -168,7 +173,8 @@ def size_pool(config: EngineConfig, specs: Sequence[KVSpec], max_model_len: int)
     if held < per_request:
         logger.warning(
             "K/V memory holds %d tokens, fewer than the model's %d: longer requests will be refused. "
-            "Give more with --kv-cache-memory or set a smaller --max-model-len.", held * config.block_size, max_model_len,
+            "Give more with --kv-cache-memory or set a smaller --max-model-len.", held * config.block_size,
+            max_model_len,
         )  # fmt: skip
     return min(held, usable)
 

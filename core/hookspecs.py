@@ -68,8 +68,10 @@ def provide_quant_method(spec: ModelSpec, options: EngineConfig) -> QuantMethod 
 
 
 @hookspec
-def resolve_attention_backend(spec: ModelSpec, options: EngineConfig) -> Bid[AttentionBackend] | Refusal | None:
-    """Bid to run attention on the device asked for.
+def resolve_attention_backend(
+    spec: ModelSpec, options: EngineConfig
+) -> Bid[AttentionBackend] | Refusal | list[Bid[AttentionBackend] | Refusal] | None:
+    """Bid to run attention on the device asked for: None, Refusal, Bid, or a list of these.
 
     Called once at start-up, and by `explain`. `bid.build()` takes no arguments and makes the backend. The winner is
     the highest bid, or the one named by --attention-backend.

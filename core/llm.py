@@ -22,8 +22,8 @@ Message = Mapping[str, Any]
 class LLM:
     """A model to generate with. Options are those of `core.config.EngineConfig`; an unknown one is a ConfigError.
 
-        with LLM(model="path") as llm:
-            print(llm.generate("The capital of France is", SamplingParams(max_tokens=8))[0].outputs[0].text)
+    with LLM(model="path") as llm:
+        print(llm.generate("The capital of France is", SamplingParams(max_tokens=8))[0].outputs[0].text)
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
@@ -51,7 +51,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
-        """Generate for one prompt or several, given as text, token ids or {"prompt_token_ids": [...]} or {"prompt": text}.
+        """Generate for one prompt or several: text, token ids, {"prompt_token_ids": [...]} or {"prompt": text}.
 
         Answers stand in the order of the prompts; `use_tqdm` shows a progress bar. Raises RequestError for a prompt
         that cannot be served, before anything runs.
@@ -104,7 +104,9 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     # ------------------------------------------------------------------------------------------ prompts
@@ -115,7 +117,9 @@ class LLM:
         if params is None or isinstance(params, SamplingParams):
             return [(prompt, params or SamplingParams()) for prompt in prompts]
         if len(params) != len(prompts):
-            raise ConfigError(f"{len(prompts)} prompts were given with {len(params)} sampling params; give one or as many.")
+            raise ConfigError(
+                f"{len(prompts)} prompts were given with {len(params)} sampling params; give one or as many."
+            )
         return list(zip(prompts, params, strict=True))
 
     def _read(self, prompt: Any) -> tuple[str | None, list[int]]:
@@ -124,7 +128,9 @@ class LLM:
             if "prompt_token_ids" in prompt:
                 return prompt.get("prompt"), list(prompt["prompt_token_ids"])
             if "prompt" not in prompt:
-                raise InvalidParameter(f"A prompt has the keys {sorted(prompt)}; it needs prompt or prompt_token_ids.", "prompt")
+                raise InvalidParameter(
+                    f"A prompt has the keys {sorted(prompt)}; it needs prompt or prompt_token_ids.", "prompt"
+                )
             prompt = prompt["prompt"]
         if not isinstance(prompt, str):
             return None, list(prompt)
@@ -135,7 +141,9 @@ class LLM:
     def _render(self, messages: Any, options: Mapping[str, Any]) -> tuple[str, list[int]]:
         tokenizer = self._engine.tokenizer
         if tokenizer is None or not tokenizer.has_chat_template:
-            raise InvalidParameter("This model has no chat template; use generate, or give --chat-template.", "messages")
+            raise InvalidParameter(
+                "This model has no chat template; use generate, or give --chat-template.", "messages"
+            )
         text = tokenizer.render_chat(messages, **options)
         return text, tokenizer.encode(text, add_special_tokens=False)
 
@@ -158,14 +166,15 @@ class LLM:
         return list(outputs.values())
 
     def _finish_all(self, outputs: dict[str, RequestOutput], use_tqdm: bool) -> None:
-        from tqdm import tqdm
+        from rich.progress import Progress
 
         total = sum(len(output.outputs) for output in outputs.values())
-        with tqdm(total=total, disable=not use_tqdm, desc="Generated", unit="answer") as bar:
+        with Progress(disable=not use_tqdm) as progress:
+            bar = progress.add_task("Generated", total=total)
             while self._engine.has_work:
                 for delta in self._engine.step():
                     collect(outputs[delta.request_id], delta)
-                    bar.update(delta.finish_reason is not None)
+                    progress.advance(bar, delta.finish_reason is not None)
 
 
 def _as_list(prompts: Any) -> list[Any]:

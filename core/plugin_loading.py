@@ -126,7 +126,7 @@ def _stated_range(candidate: Candidate, plugin: object) -> tuple[Version, Versio
 
 def _pair(candidate: Candidate, span: object) -> tuple[object, object]:
     if not isinstance(span, tuple) or len(span) != 2:
-        raise candidate.unusable(f"states CORE_API_RANGE {span!r}; right would be ((1, 0), (1, 4)).")
+        raise candidate.unusable(f"states CORE_API_RANGE {span!r}; right is ((1, 0), (1, 4)).")
     return span
 
 
@@ -134,7 +134,10 @@ def _version(candidate: Candidate, value: object) -> Version:
     match value:
         case (int(major), int(minor)):
             return major, minor
-    raise candidate.unusable(f"states the API version {value!r}, which is not a pair (major, minor).")
+    raise candidate.unusable(
+        f"states the API version {value!r}, which is not a pair (major, minor). Right is "
+        "CORE_API = (1, 0), or CORE_API_RANGE = ((1, 0), (1, 4))."
+    )
 
 
 def _text(version: Version) -> str:

@@ -37,8 +37,11 @@ if TYPE_CHECKING:
 class PluginHost:
     """Every plugin of one process. Made by `load`."""
 
-    def __init__(self, manager: pluggy.PluginManager, plugins: tuple[PluginInfo, ...]) -> None:
+    def __init__(
+        self, manager: pluggy.PluginManager, plugins: tuple[PluginInfo, ...], disabled: tuple[str, ...] = ()
+    ) -> None:
         self.plugins = plugins  # in the order in which they are asked, the core's own last
+        self.disabled = disabled  # names that were blocked
         # pluggy keeps the first to call at the end of its list.
         self._impls = {name: tuple(reversed(getattr(manager.hook, name).get_hookimpls())) for name in HOOKS}
         self._trace = os.environ.get("CORE_TRACE_PLUGINS", "") not in ("", "0")
@@ -56,7 +59,7 @@ class PluginHost:
         manager.add_hookspecs(hookspecs)
         for one in reversed(loaded):  # the last registered is asked first
             _register(manager, one)
-        return cls(manager, tuple(_info(manager, one) for one in loaded))
+        return cls(manager, tuple(_info(manager, one) for one in loaded), tuple(disable))
 
     # -------------------------------------------------------------------------------------- the resolved set
 
@@ -77,7 +80,7 @@ class PluginHost:
     # -------------------------------------------------------------------------------------- start-up
 
     def open_checkpoint(self, path: str, options: EngineConfig) -> Checkpoint:
-        """Open a folder, a file or a model of the local cache. Raises CheckpointError saying what was tried."""
+        """Open a folder, a file or a model of the local cache. Raises CheckpointError saying who was asked."""
         from core.weights import find_locally
 
         where = find_locally(path)
@@ -99,8 +102,8 @@ class PluginHost:
         _, found = self._first("provide_tokenizer", spec=spec, options=options)
         if found is None:
             raise CheckpointError(
-                f"No plugin has a tokenizer for {spec.path} (format {spec.format!r}). Name a folder that holds one with "
-                f"--tokenizer-path, or serve token ids only with --skip-tokenizer-init."
+                f"No plugin has a tokenizer for {spec.path} (format {spec.format!r}). Name a folder that holds one "
+                f"with --tokenizer-path, or serve token ids only with --skip-tokenizer-init."
             )
         tokenizer: Tokenizer = found
         return tokenizer
@@ -124,7 +127,7 @@ class PluginHost:
         """Let every plugin add subcommands. Raises PluginError if one takes a name that is in use."""
         for impl in self._impls["register_commands"]:
             before = dict(cli.commands)
-            self._call(impl, {"cli": cli})
+            self._call("register_commands", impl, {"cli": cli})
             for name, command in before.items():
                 if cli.commands.get(name) is not command:
                     raise PluginError(
@@ -135,17 +138,17 @@ class PluginHost:
     def register_routes(self, app: FastAPI, engine: EngineClient) -> None:
         """Let every plugin add routes."""
         for impl in self._impls["register_routes"]:
-            self._call(impl, {"app": app, "engine": engine})
+            self._call("register_routes", impl, {"app": app, "engine": engine})
 
     # -------------------------------------------------------------------------------------- observers
 
     def on_step(self, stats: StepStats) -> None:
         for impl in self._impls["on_step"]:
-            self._call(impl, {"stats": stats})
+            self._call("on_step", impl, {"stats": stats})
 
     def on_request_finished(self, record: RequestRecord) -> None:
         for impl in self._impls["on_request_finished"]:
-            self._call(impl, {"record": record})
+            self._call("on_request_finished", impl, {"record": record})
 
     # -------------------------------------------------------------------------------------- asking
 
@@ -167,19 +170,19 @@ class PluginHost:
     def _ask(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
         """Yield (plugin, answer) of everybody who does not answer None, in order; asks no further than is taken."""
         for impl in self._impls[hook]:
-            answer = self._call(impl, arguments)
+            answer = self._call(hook, impl, arguments)
             if answer is not None:
                 yield impl.plugin_name, answer
 
-    def _call(self, impl: pluggy.HookImpl, arguments: Mapping[str, Any]) -> Any:
+    def _call(self, hook: str, impl: pluggy.HookImpl, arguments: Mapping[str, Any]) -> Any:
         """Call one implementation. What it raises goes on, with the plugin's name added."""
         try:
             answer = impl.function(*[arguments[name] for name in impl.argnames])
         except Exception as error:
-            error.add_note(f"raised by plugin {impl.plugin_name!r} in its hook {_hook_name(impl)}")
+            error.add_note(f"raised by plugin {impl.plugin_name!r} in its hook {hook}")
             raise
         if self._trace:
-            print(f"core-serve: hook {_hook_name(impl)}: {impl.plugin_name} -> {answer!r}", file=sys.stderr)
+            print(f"core-serve: hook {hook}: {impl.plugin_name} -> {answer!r}", file=sys.stderr)
         return answer
 
 
@@ -199,10 +202,6 @@ def _info(manager: pluggy.PluginManager, loaded: Loaded) -> PluginInfo:
     own = loaded.candidate
     hooks = tuple(name for name in HOOKS if name in implemented)
     return PluginInfo(own.name, own.distribution, own.version, hooks, loaded.api, loaded.import_seconds)
-
-
-def _hook_name(impl: pluggy.HookImpl) -> str:
-    return impl.opts.get("specname") or impl.function.__name__
 
 
 def _listed(resolved: Iterable[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""Runner: scheduled tokens -> Batch -> model -> logits. Knows tensors and the model, not why something was scheduled."""
+"""Runner: scheduled tokens -> Batch -> model -> logits. Knows tensors and the model, not the policy."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Runner:
 def _logit_rows(
     entries: Sequence[ScheduledTokens], starts: list[int], wants_prompt: set[int]
 ) -> tuple[list[int], dict[int, tuple[int, int]], list[int]]:
-    """Return the tokens whose logits are needed; by entry, where its prompt rows lie; and where the sampled ones lie."""
+    """Return the tokens whose logits are needed, where each entry's prompt rows lie, and where the sampled ones lie."""
     rows: list[int] = []
     ranges: dict[int, tuple[int, int]] = {}
     last: list[int] = []

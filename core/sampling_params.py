@@ -77,7 +77,9 @@ class SamplingParams:
                     raise InvalidParameter(f"{name} holds {item!r}, which is not a usable {kind.__name__}.", name)
         for token, bias in self.logit_bias.items():
             if not isinstance(token, int) or isinstance(bias, bool) or not isinstance(bias, (int, float)):
-                raise InvalidParameter(f"logit_bias must map token ids to numbers, got {token!r}: {bias!r}.", "logit_bias")
+                raise InvalidParameter(
+                    f"logit_bias must map token ids to numbers, got {token!r}: {bias!r}.", "logit_bias"
+                )
             if math.isnan(bias) or bias == math.inf:
                 raise InvalidParameter(f"logit_bias of token {token} must not be {bias}.", "logit_bias")
 

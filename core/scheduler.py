@@ -190,41 +190,43 @@ class Scheduler:
     def advance(self, entries: Sequence[ScheduledTokens], sampled: Sequence[int | None]) -> None:
         """Record that the entries ran: count their tokens, append the sampled ones, cache the blocks that became full.
 
-        sampled[i] belongs to entries[i]: a token id where entry.samples, else None. Entries of requests that were
-        completed or aborted since schedule() are ignored.
+        sampled[i] belongs to entries[i]: a token id where entry.samples, else None. (Afterwards entry.samples is False,
+        since there is a token more.) Entries of requests completed or aborted since schedule() are ignored.
         """
+        size = self.pool.block_size
         for entry, token in zip(entries, sampled, strict=True):
-            request = entry.request
+            request, start, end = entry.request, entry.start, entry.start + entry.count
             if request.status is not Status.RUNNING:
                 continue
-            assert request.num_computed == entry.start, f"an entry of request {request.id!r} came twice"
-            assert token is None or entry.samples, f"a token for request {request.id!r} in the middle of its prompt"
-            request.num_computed = entry.end
-            if self._caching:
-                self._register(request, entry.start, entry.end)
+            assert request.num_computed == start, f"an entry of request {request.id!r} came twice"
+            request.num_computed = end
+            if self._caching and start // size < end // size:
+                self._register(request, start, end)
             if token is not None:
+                assert end == request.num_tokens, f"a token for request {request.id!r} in the middle of its prompt"
                 request.output_ids.append(token)
 
     def _run_decodes(self, step: _Step) -> list[Request]:
         """Run what has one token left; return the running requests that have more, in order."""
         prefilling: list[Request] = []
+        size = self.pool.block_size
         for request in self._running.requests.copy():
             if request.status is not Status.RUNNING:  # preempted by one before it
                 continue
-            remaining = request.num_remaining
+            known = request.num_tokens
+            remaining = known - request.num_computed
             assert remaining > 0, f"request {request.id!r} has no token to run; it was neither sampled nor completed"
             if remaining > 1:
                 prefilling.append(request)
-            elif self._grow(request, step):
+            elif known <= len(request.block_ids) * size or self._grow(request, step):
                 step.run(request, 1)
         return prefilling
 
     def _grow(self, request: Request, step: _Step) -> bool:
         """Give a decode the block for its next token; False if it was itself the one to preempt."""
-        if request.num_tokens <= len(request.block_ids) * self.pool.block_size:
-            return True
         while (fresh := self.pool.allocate(1)) is None:
             victim = self._running.requests[-1]
+            assert len(self._running) > 1, f"request {request.id!r} went past its max_tokens; nobody completed it"
             self._preempt(victim, step)
             if victim is request:
                 return False

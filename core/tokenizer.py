@@ -1,4 +1,4 @@
-"""HFTokenizer: transformers' own tokenizer of a checkpoint, behind the Tokenizer protocol. Imports transformers late."""
+"""HFTokenizer: transformers' own tokenizer of a checkpoint, behind the Tokenizer protocol."""
 
 from __future__ import annotations
 
@@ -113,8 +113,10 @@ def _open(path: Path, trust_remote_code: bool) -> Any:
     except Exception as error:  # OSError, ValueError, ImportError, and bare Exception from the Rust side
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"The tokenizer in {path} cannot be loaded: {first} {_advice()}") from error
-    files = tokenizer.vocab_files_names.values()
-    if files and not any((path / name).is_file() for name in files):  # transformers then makes an empty one
+    files = {*tokenizer.vocab_files_names.values(), "tokenizer.json"}  # a tokenizer of bytes names none and needs none
+    if tokenizer.vocab_files_names and not any(
+        (path / name).is_file() for name in files
+    ):  # transformers then makes an empty one
         raise CheckpointError(f"{path} has no tokenizer files ({', '.join(sorted(files))}). {_advice()}")
     return tokenizer
 

@@ -39,6 +39,7 @@ class HFCheckpoint:
             raise CheckpointError(describe(str(path)))
         generation = folder / "generation_config.json"
         generation_config = read_json(generation) if generation.is_file() else {}
+        folder = folder.absolute()  # so that "." has a name
         self.spec = ModelSpec(folder, "hf", read_json(folder / CONFIG), generation_config)
 
     def tensor_names(self) -> Sequence[str]:
@@ -244,7 +245,8 @@ def not_found(path: str) -> str:
     if HUB_NAME.fullmatch(path):
         return (
             f"There is no file or folder {path!r}, and no model of that name in the local Hugging Face cache. "
-            f"core-serve downloads nothing by itself: run `hf download {path}` first, or give the path of a folder or a file."
+            f"core-serve downloads nothing by itself: run `hf download {path}` first, or give the path of a folder or "
+            "a file."
         )
     return (
         f"There is no file or folder {path!r}. Give --model-path a folder with config.json, or a file such as a .gguf."

@@ -1,8 +1,8 @@
 """Attention on a CPU: all decoding requests in one call a layer, prefill chunks one after the other.
 
-    decode    K/V blocks of all requests are copied into [requests, longest, kv_heads, dim], the query heads of one K/V
-              head stand in the place of query tokens, so that grouped heads need no copies of K and V
-    prefill   a request's blocks are copied into a row; a first chunk needs no copy
+decode    K/V blocks of all requests are copied into [requests, longest, kv_heads, dim], the query heads of one K/V
+          head stand in the place of query tokens, so that grouped heads need no copies of K and V
+prefill   a request's blocks are copied into a row; a first chunk needs no copy
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.bflo
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return zeros on the CPU whose pages take memory only once they are written (calloc does that, torch.zeros not)."""
+    """Return zeros on the CPU that take memory only once they are written: calloc does that, torch.zeros does not."""
     return torch.from_numpy(np.zeros(tuple(shape), NUMPY_DTYPES[dtype])).view(dtype)
 
 
@@ -45,8 +45,9 @@ class PagedCache:
         return k.view(-1, *keys.shape[2:]), v.view(-1, *values.shape[2:])
 
 
-def check_call(backend: str, honours: frozenset[str], spec: KVSpec, q: Tensor, k: Tensor, v: Tensor,
-               args: AttentionArgs) -> None:
+def check_call(
+    backend: str, honours: frozenset[str], spec: KVSpec, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs
+) -> None:
     """Raise UnsupportedAttention, naming layer and argument, if this call cannot be answered exactly."""
     unknown = args.non_default() - honours
     if unknown:
@@ -57,7 +58,9 @@ def check_call(backend: str, honours: frozenset[str], spec: KVSpec, q: Tensor, k
     wanted = ((spec.num_kv_heads, spec.k_dim), (spec.num_kv_heads, spec.v_dim))
     found = (tuple(k.shape[1:]), tuple(v.shape[1:]))
     if found != wanted:
-        raise UnsupportedAttention(f"Layer {spec.name} keeps K and V of [heads, width] {wanted}, but was given {found}.")
+        raise UnsupportedAttention(
+            f"Layer {spec.name} keeps K and V of [heads, width] {wanted}, but was given {found}."
+        )
     if q.shape[-1] != k.shape[-1] or q.shape[1] % k.shape[1]:
         raise UnsupportedAttention(
             f"Layer {spec.name} attends with {q.shape[1]} query heads of width {q.shape[-1]} over {k.shape[1]} K/V "
@@ -66,7 +69,7 @@ def check_call(backend: str, honours: frozenset[str], spec: KVSpec, q: Tensor, k
 
 
 def visible(q_positions: Tensor, k_positions: Tensor, args: AttentionArgs) -> Tensor:
-    """Return a bool mask, True where the query at `q_positions` [..., q, 1] sees the key at `k_positions` [..., 1, k]."""
+    """Return a bool mask: True where the query at `q_positions` [..., q, 1] sees the key at `k_positions` [..., k]."""
     seen = k_positions <= q_positions
     if args.window is not None:
         seen = seen & (k_positions > q_positions - args.window)

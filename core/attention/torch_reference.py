@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,10 +29,7 @@ class TorchReferenceAttention:
         check_call(self.name, self.honours, self.cache.specs[layer], q, k, v, args)
         self.cache.write(layer, self.batch.slots, k, v)
         starts = self.batch.query_starts
-        parts = [
-            self._attend_one(q[start:end], row, layer, args)
-            for row, (start, end) in enumerate(zip(starts, starts[1:], strict=False))
-        ]
+        parts = [self._attend_one(q[start:end], row, layer, args) for row, (start, end) in enumerate(pairwise(starts))]
         return torch.cat(parts)
 
     def _attend_one(self, q: Tensor, row: int, layer: int, args: AttentionArgs) -> Tensor:

@@ -14,12 +14,12 @@ from core.plugins import PluginHost
 from core.spec import ModelSpec
 
 
-@click.command("explain")
+@click.command("explain", short_help="Show who would serve a model, and why.")
 @click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @model_options
 @click.pass_obj
-def explain(host: PluginHost, as_json: bool, **given: Any) -> None:
+def explain(host: PluginHost, /, as_json: bool, **given: Any) -> None:
     """Show who would serve MODEL and with which attention, who else bid, and why the others declined.
 
     MODEL is a folder, a file or the name of a model in the local cache; the demo model if it is left out.

@@ -16,21 +16,27 @@ from core.plugins import PluginHost
 
 F = TypeVar("F", bound=Callable[..., Any])
 Decorator = Callable[[F], F]
-UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}
+UNITS = {
+    "": 1,
+    "k": 1000,
+    "m": 1000**2,
+    "g": 1000**3,
+    "t": 1000**4,
+    "ki": 1024,
+    "mi": 1024**2,
+    "gi": 1024**3,
+    "ti": 1024**4,
+}
 
 
-class ByteSize(click.ParamType):
-    """A number of bytes: 2GiB, 512MiB, 1.5GB, 1000000."""
-
-    name = "bytes"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", value.strip().lower())
-        if found is None:
-            self.fail(f"{value!r} is not a size; right are 2GiB, 512MiB, 1.5GB or a number of bytes.", param, ctx)
-        return int(float(found[1]) * UNITS[found[2] or ""])
+def byte_size(value: str | int) -> int:
+    """Read a number of bytes: 2GiB, 512MiB, 1.5GB, 1000000."""
+    if isinstance(value, int):
+        return value
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", value.strip().lower())
+    if found is None:
+        raise click.BadParameter(f"{value!r} is not a size; right are 2GiB, 512MiB, 1.5GB or a number of bytes.")
+    return int(float(found[1]) * UNITS[found[2] or ""])
 
 
 def default_of(name: str) -> Any:
@@ -39,7 +45,7 @@ def default_of(name: str) -> Any:
 
 
 def _option(*names: str, help: str, **attributes: Any) -> Decorator[Any]:
-    field = names[-1]
+    field = names[-1].lstrip("-").replace("-", "_")
     attributes.setdefault("default", default_of(field))
     attributes.setdefault("show_default", attributes["default"] is not None)
     return click.option(*names, help=help, **attributes)
@@ -85,7 +91,9 @@ MODEL_OPTIONS = [
 ]
 
 ENGINE_OPTIONS = [
-    _option("--context-length", "--max-model-len", "max_model_len", type=int, help="Tokens. Default: the model's limit."),
+    _option(
+        "--context-length", "--max-model-len", "max_model_len", type=int, help="Tokens. Default: the model's limit."
+    ),
     _option("--max-running-requests", "--max-num-seqs", "max_num_seqs", type=int, help="Requests that run at a time."),
     _option(
         "--chunked-prefill-size",
@@ -104,7 +112,9 @@ ENGINE_OPTIONS = [
     ),
     _option("--page-size", "--block-size", "block_size", type=int, help="Tokens in a KV block."),
     _option("--num-blocks", type=int, help="KV blocks. Default: what --kv-cache-memory holds."),
-    _option("--kv-cache-memory", type=ByteSize(), show_default="2GiB", metavar="SIZE", help="Memory for K/V at the most."),
+    _option(
+        "--kv-cache-memory", type=byte_size, show_default=False, metavar="SIZE", help="Memory for K/V. Default: 2GiB."
+    ),
     _option("--random-seed", "--seed", "seed", type=int, help="For requests that give none."),
     _option("--num-threads", type=int, help="CPU threads of the engine. Default: torch's own choice."),
 ]

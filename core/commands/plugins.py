@@ -11,11 +11,11 @@ from core.plugin_report import plugins_json, plugins_text
 from core.plugins import PluginHost
 
 
-@click.command("plugins")
+@click.command("plugins", short_help="List the installed plugins.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @DISABLE_PLUGIN
 @click.pass_obj
-def plugins(host: PluginHost, as_json: bool, disable_plugins: tuple[str, ...]) -> None:
+def plugins(host: PluginHost, /, as_json: bool, disable_plugins: tuple[str, ...]) -> None:
     """List the plugins that are installed, in the order in which they are asked."""
     if as_json:
         click.echo(json.dumps(plugins_json(host.plugins), indent=2))

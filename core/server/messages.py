@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from core.contracts import RequestRecord, StepStats
 from core.errors import CoreError
 from core.outputs import Delta
 from core.request import ClientRequest
-
-if TYPE_CHECKING:
-    from core.engine import EngineInfo
+from core.server.info import ServedInfo
 
 # ---------------------------------------------------------------------------------------------- to the engine
 
@@ -50,14 +47,15 @@ Command = Add | Abort | ResetPrefixCache | Shutdown
 class Ready:
     """The model is loaded."""
 
-    info: EngineInfo
+    info: ServedInfo
 
 
 @dataclass(frozen=True)
 class LoadFailed:
     """The engine could not be built; the process ends."""
 
-    error: CoreError
+    kind: str  # the name of a class of core.errors; the error itself may hold what cannot be pickled
+    message: str
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from core.contracts import RequestRecord, StepStats
 from core.errors import CoreError, RequestError
 from core.outputs import Delta
 from core.request import ClientRequest
+from core.server.info import ServedInfo
 from core.server.messages import (
     Abort,
     Accepted,
@@ -49,7 +50,7 @@ class SteppingEngine(Protocol):
     """What this file needs of core.engine.Engine."""
 
     @property
-    def info(self) -> EngineInfo: ...
+    def info(self) -> EngineInfo | ServedInfo: ...
     @property
     def has_work(self) -> bool: ...
     def add(self, request: ClientRequest) -> Any: ...
@@ -65,7 +66,7 @@ BuildEngine = Callable[[EngineConfig, Resolved], SteppingEngine]  # pickled: a f
 
 def build_in_process(config: EngineConfig, resolved: Resolved) -> SteppingEngine:
     """Load plugins and model in this process; the plugins must be those of the server's."""
-    from core.engine import build_engine
+    from core.engine_build import build_engine
     from core.plugins import PluginHost
 
     host = PluginHost.load(disable=config.disable_plugins)
@@ -114,13 +115,14 @@ def _load(
     try:
         engine = build(config, resolved)
     except CoreError as error:
-        replies.send(LoadFailed(error))
+        replies.send(LoadFailed(type(error).__name__, str(error)))
         return None
     except Exception as error:
         logger.exception("The engine could not be built.")
-        replies.send(LoadFailed(CoreError(f"The engine could not be built: {type(error).__name__}: {error}")))
+        replies.send(LoadFailed("CoreError", f"The engine could not be built: {type(error).__name__}: {error}"))
         return None
-    replies.send(Ready(engine.info))
+    engine.take_stats()  # the engine keeps them from the first call on
+    replies.send(Ready(ServedInfo.of(engine.info)))
     return engine
 
 
@@ -131,6 +133,7 @@ class EngineLoop:
         self.engine = engine
         self.commands = commands
         self.replies = replies
+        self.told_idle = True  # whether the server knows that no request is left
 
     def run(self) -> None:
         """Serve until Shutdown. Raises EOFError when the server's process is gone."""
@@ -175,9 +178,10 @@ class EngineLoop:
         return ResetDone()
 
     def report(self, deltas: Sequence[Delta]) -> None:
-        stats = self.engine.take_stats()
-        if deltas or stats:
-            self.send(Stepped(deltas, stats, idle=not self.engine.has_work))
+        stats, idle = self.engine.take_stats(), not self.engine.has_work
+        if deltas or stats or idle != self.told_idle:
+            self.send(Stepped(deltas, stats, idle))
+            self.told_idle = idle
 
     def send(self, reply: Reply) -> None:
         self.replies.send(reply)

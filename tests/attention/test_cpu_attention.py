@@ -72,13 +72,20 @@ class Case:
             for index in range(new):
                 at = context - new + index
                 keys = [j for j in range(context) if sees(at, j, args)]
-                rows.append(torch.stack([self.one(q[index, h], k[keys, h // group], v[keys, h // group], keys, at, h, args)
-                                         for h in range(self.heads)]))
+                rows.append(
+                    torch.stack(
+                        [
+                            self.one(q[index, h], k[keys, h // group], v[keys, h // group], keys, at, h, args)
+                            for h in range(self.heads)
+                        ]
+                    )
+                )
         return torch.stack(rows)
 
     @staticmethod
-    def one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: list[int], at: int, head: int,
-            args: AttentionArgs) -> torch.Tensor:
+    def one(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: list[int], at: int, head: int, args: AttentionArgs
+    ) -> torch.Tensor:
         scores = k.double() @ q.double() * args.scaling
         if args.softcap is not None:
             scores = torch.tanh(scores / args.softcap) * args.softcap

@@ -47,7 +47,9 @@ def _q4_1(blocks: Bytes, out: Floats) -> None:
 def _five_bits(blocks: Bytes, high_start: int) -> Bytes:
     """4 bytes with the fifth bits of 32 numbers, then 16 bytes with their low halves: [n, 32]"""
     high = np.unpackbits(blocks[:, high_start : high_start + 4], axis=1, bitorder="little")
-    return _nibbles(blocks[:, high_start + 4 :], 16) | (high << 4)
+    numbers = _nibbles(blocks[:, high_start + 4 :], 16)
+    numbers |= high << np.uint8(4)
+    return numbers
 
 
 def _q5_0(blocks: Bytes, out: Floats) -> None:
@@ -91,8 +93,8 @@ def _q4_k(blocks: Bytes, out: Floats) -> None:
 
 def _q5_k(blocks: Bytes, out: Floats) -> None:
     # bit g of byte i is the fifth bit of number i in group g
-    high = (blocks[:, 16:48][:, None, :] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
-    _scale_groups(blocks, _nibbles(blocks[:, 48:], 32) | (high << 4).reshape(-1, 256), out)
+    high = np.unpackbits(blocks[:, 16:48, None], axis=2, bitorder="little").swapaxes(1, 2).reshape(-1, 256)
+    _scale_groups(blocks, np.bitwise_or(_nibbles(blocks[:, 48:], 32), high << np.uint8(4)), out)
 
 
 def _q6_k(blocks: Bytes, out: Floats) -> None:

@@ -74,7 +74,9 @@ def _head_dim(file: GGUFFile, arch: str) -> int:
     dim = file.get(f"{arch}.attention.key_length", int, file.require(f"{arch}.embedding_length", int) // heads)
     values = file.get(f"{arch}.attention.value_length", int, dim)
     if dim is None or values != dim:
-        raise CheckpointError(f"{file.path}: heads have {dim} dimensions in K but {values} in V, which is not supported.")
+        raise CheckpointError(
+            f"{file.path}: heads have {dim} dimensions in K but {values} in V, which is not supported."
+        )
     return dim
 
 
@@ -119,7 +121,9 @@ def _attention_bias(file: GGUFFile) -> bool:
     found = {part: _has(file, f".attn_{part}.bias") for part in ("q", "k", "v", "output")}
     if any(found.values()) and not all(found.values()):
         biased = ", ".join(part for part, has in found.items() if has)
-        raise CheckpointError(f"{file.path} has attention biases for {biased} only; all of q, k, v, output or none fit.")
+        raise CheckpointError(
+            f"{file.path} has attention biases for {biased} only; all of q, k, v, output or none fit."
+        )
     return all(found.values())
 
 
@@ -164,7 +168,9 @@ def _qwen3(file: GGUFFile) -> dict[str, Any]:
 
 def _no_window(file: GGUFFile, arch: str) -> dict[str, Any]:
     if (window := file.get(f"{arch}.attention.sliding_window", int, 0)) != 0:
-        raise CheckpointError(f"{file.path} has a sliding window of {window} tokens, which {arch} files do not support.")
+        raise CheckpointError(
+            f"{file.path} has a sliding window of {window} tokens, which {arch} files do not support."
+        )
     return {
         "use_sliding_window": False,
         "sliding_window": None,

@@ -39,7 +39,7 @@ _LAYER_OF = {
         "post_ffw_norm": "post_feedforward_layernorm",
     },
 }
-_IN_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_IN_LAYER = re.compile(r"blk\.(0|[1-9]\d*)\.(\w+)\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,12 @@ def _translate(file: GGUFFile, arch: str, name: str) -> tuple[str, str]:
     layers = file.require(f"{arch}.block_count", int)
     if match is None or match[2] not in _LAYER_OF[arch] or int(match[1]) >= layers:
         raise CheckpointError(f"{file.path}: tensor {name!r} has no place in a {arch} model of {layers} layers.")
-    return f"model.layers.{int(match[1])}.{_LAYER_OF[arch][match[2]]}.{match[3]}", match[2]
+    return f"model.layers.{match[1]}.{_LAYER_OF[arch][match[2]]}.{match[3]}", match[2]
 
 
 def _checked_heads(file: GGUFFile, info: TensorInfo, heads: int) -> int:
     if heads and info.shape[0] % (2 * heads):
-        raise CheckpointError(f"{file.path}: tensor {info.name!r} of shape {info.shape} cannot be cut into {heads} heads.")
+        raise CheckpointError(
+            f"{file.path}: tensor {info.name!r} of shape {info.shape} cannot be cut into {heads} heads."
+        )
     return heads

@@ -132,7 +132,9 @@ class _Head:
             raise CheckpointError(f"{self.path} is a big-endian GGUF file; convert it to little-endian first.")
         if version not in VERSIONS:
             known = " and ".join(map(str, VERSIONS))
-            raise CheckpointError(f"{self.path} is GGUF version {version}; versions {known} can be read. Convert it again.")
+            raise CheckpointError(
+                f"{self.path} is GGUF version {version}; versions {known} can be read. Convert it again."
+            )
         num_tensors, num_keys = self.unpack("QQ")
         return num_tensors, num_keys
 
@@ -214,7 +216,9 @@ class _Head:
             if name in infos:
                 raise self.fail(f"the tensor {name!r} is there twice.")
             if offset % alignment:
-                raise self.fail(f"tensor {name!r} starts at byte {offset} of the data, off the alignment of {alignment}.")
+                raise self.fail(
+                    f"tensor {name!r} starts at byte {offset} of the data, off the alignment of {alignment}."
+                )
             infos[name] = self.tensor_info(name, dims, type_id, data_start + offset)
         return infos
 

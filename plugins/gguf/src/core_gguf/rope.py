@@ -72,15 +72,17 @@ def _llama3(file: GGUFFile, arch: str, theta: float, head_dim: int) -> dict[str,
             f"F32 ({head_dim // 2},) in a llama model is supported."
         )
     stored = file.raw(info).view("<f4")[0]
-    scaling = {"rope_type": "llama3", "factor": float(stored.max()), **LLAMA3}
-    if not np.allclose(stored, _llama3_divisors(theta, head_dim, scaling["factor"]), rtol=1e-3):
-        raise CheckpointError(f"{file.path}: the rope factors in {FACTORS_TENSOR!r} are not those of llama 3's scaling.")
-    return scaling
+    factor = float(stored.max())
+    if not np.allclose(stored, _llama3_divisors(theta, head_dim, factor), rtol=1e-3):
+        raise CheckpointError(
+            f"{file.path}: the rope factors in {FACTORS_TENSOR!r} are not those of llama 3's scaling."
+        )
+    return {"rope_type": "llama3", "factor": factor, **LLAMA3}
 
 
 def _llama3_divisors(theta: float, head_dim: int, factor: float) -> NDArray[np.float64]:
     wavelengths = 2 * pi * theta ** (np.arange(0, head_dim, 2) / head_dim)  # in positions
     low, high = LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"]
     smooth = (LLAMA3["original_max_position_embeddings"] / wavelengths - low) / (high - low)
-    blend = smooth.clip(0, 1)
-    return 1 / ((1 - blend) / factor + blend)
+    blend = np.clip(smooth, 0, 1)
+    return np.asarray(1 / ((1 - blend) / factor + blend), np.float64)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.chat_template import ChatTemplate
-from core.errors import ConfigError, InvalidParameter
+from core.errors import CheckpointError, ConfigError, InvalidParameter
 from core_gguf.reader import GGUFFile
 from core_gguf.stop_tokens import eos_token_ids
 from core_gguf.vocabulary import Vocabulary, read_vocabulary
@@ -23,6 +23,9 @@ def open_tokenizer(spec: ModelSpec, options: EngineConfig) -> GGUFTokenizer:
     """Read the tokenizer of `spec`'s file; the chat template is options.chat_template, if given."""
     file = GGUFFile.open(spec.path)
     vocabulary = read_vocabulary(file)
+    rows = spec.config["vocab_size"]
+    if vocabulary.size > rows:
+        raise CheckpointError(f"{file.path} has {vocabulary.size} tokens, but embeddings for {rows} only.")
     named = {"default": _read_template(options.chat_template)} if options.chat_template else _templates(file)
     templates = {name: ChatTemplate(text, vocabulary.special_tokens) for name, text in named.items()}
     return GGUFTokenizer(vocabulary, eos_token_ids(file), templates)
@@ -59,8 +62,8 @@ class GGUFTokenizer:
         """Return the ids of a text; special tokens that it spells out become their ids."""
         try:
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        except UnicodeEncodeError as error:
-            problem = f"The text holds {error.object[error.start]!r}, half a surrogate pair. Send valid Unicode."
+        except TypeError as error:  # what tokenizers says of a str that has no UTF-8
+            problem = "The text holds half a surrogate pair (U+D800 to U+DFFF). Send valid Unicode."
             raise InvalidParameter(problem, "prompt") from error
         return self._framed(ids) if add_special_tokens else list(ids)
 
@@ -71,8 +74,13 @@ class GGUFTokenizer:
         return [token for token in (*begin, *ids, *end) if token is not None]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Return the text of ids; bytes that are not UTF-8 become U+FFFD."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """Return the text of ids; bytes that are not UTF-8 become U+FFFD. Ids past the vocabulary have no text."""
+        try:
+            text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        except OverflowError as error:  # negative, or more than 32 bits
+            raise InvalidParameter(
+                f"Token ids must be in [0, {self.vocab_size}), got {list(ids)}.", "tokens"
+            ) from error
         return text
 
     def id_to_token(self, token_id: int) -> str | None:
@@ -84,7 +92,7 @@ class GGUFTokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self._templates)
+        return "default" in self._templates
 
     def render_chat(
         self,
@@ -96,5 +104,7 @@ class GGUFTokenizer:
         """Return the prompt text of a conversation. Raises InvalidParameter("messages") if the template refuses."""
         name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
         if name not in self._templates:
-            raise InvalidParameter("This model has no chat template. Send a prompt, or start with --chat-template.", "messages")
+            raise InvalidParameter(
+                "This model has no chat template. Send a prompt, or start with --chat-template.", "messages"
+            )
         return self._templates[name].render(messages, tools, add_generation_prompt, **template_options)

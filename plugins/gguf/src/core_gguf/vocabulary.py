@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -39,12 +39,14 @@ def read_vocabulary(file: GGUFFile) -> Vocabulary:
     types = _token_types(file, len(tokens))
     if kind == "gpt2":
         split = _word_split(file)
-        tokenizer, add_bos = _byte_level(file, tokens, types, split), split.add_bos
+        vocab, add_bos = _spelled_vocab(file, tokens, types), split.add_bos
+        tokenizer = _byte_level(file, vocab, split)
     elif kind == "llama":
-        tokenizer, add_bos = _sentencepiece(file, tokens), True
+        vocab, add_bos = _pieces(file, tokens), True
+        tokenizer = _sentencepiece(file, vocab)
     else:
         raise CheckpointError(f"{file.path} has a tokenizer of kind {kind!r}. Supported: 'gpt2' and 'llama'.")
-    _add_special(tokenizer, tokens, types)
+    _add_special(tokenizer, tokens, types, vocab)
     ids = {name: _token_id(file, key, len(tokens)) for name, key in _NAMED.items()}
     return Vocabulary(
         tokenizer=tokenizer,
@@ -86,10 +88,9 @@ def _index(file: GGUFFile, tokens: Sequence[str]) -> dict[str, int]:
     raise CheckpointError(f"{file.path}: the token {text!r} has two ids, {second} and {vocab[text]}.")
 
 
-def _add_special(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
+def _add_special(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int], vocab: Mapping[str, int]) -> None:
     """Let control tokens, and tokens that the user defined, match in a text as a whole; the former are special."""
-    known = tokenizer.get_vocab(with_added_tokens=False)
-    pairs = [(token, kind) for token, kind in zip(tokens, types, strict=True) if token in known]
+    pairs = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind != NORMAL and token in vocab]
     tokenizer.add_special_tokens(
         [AddedToken(token, normalized=False, special=True) for token, kind in pairs if kind in (UNKNOWN, CONTROL)]
     )
@@ -109,9 +110,13 @@ def _word_split(file: GGUFFile) -> WordSplit:
     return WORD_SPLITS[name]
 
 
-def _byte_level(file: GGUFFile, tokens: Sequence[str], types: Sequence[int], split: WordSplit) -> Tokenizer:
-    spelled = [_spell(token) if kind == NORMAL else token for token, kind in zip(tokens, types, strict=True)]
-    vocab = _index(file, spelled)
+def _spelled_vocab(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) -> dict[str, int]:
+    """Return token -> id: text in byte letters, special tokens as they stand."""
+    pairs = zip(tokens, types, strict=True)
+    return _index(file, [_spell(token) if kind == NORMAL else token for token, kind in pairs])
+
+
+def _byte_level(file: GGUFFile, vocab: dict[str, int], split: WordSplit) -> Tokenizer:
     merges = _merges(file)
     if merges is None:
         raise CheckpointError(f"{file.path} lacks the key '{_PREFIX}merges', which a 'gpt2' tokenizer needs.")
@@ -178,19 +183,18 @@ def _spell(token: str) -> str:
 # ---------------------------------------------------------------------------------------------- sentencepiece
 
 
-def _sentencepiece(file: GGUFFile, tokens: Sequence[str]) -> Tokenizer:
-    """BPE over pieces, bytes where no piece fits. Tokens of spaces only are stored as spaces and matched as U+2581."""
-    pieces = [token.replace(" ", SPACE) if token and not token.strip(" ") else token for token in tokens]
-    vocab = _index(file, pieces)
-    unknown = _token_id(file, "unknown", len(tokens))
+def _pieces(file: GGUFFile, tokens: Sequence[str]) -> dict[str, int]:
+    """Return piece -> id. Gemma's tokens of spaces only are stored as spaces, but stand for U+2581 like all others."""
+    return _index(file, [token.replace(" ", SPACE) if not token.strip(" ") else token for token in tokens])
+
+
+def _sentencepiece(file: GGUFFile, vocab: dict[str, int]) -> Tokenizer:
+    """BPE over pieces, and bytes where no piece fits."""
+    unknown = _token_id(file, "unknown", len(vocab))
+    unk_token = None if unknown is None else list(vocab)[unknown]
+    merges = _merges(file) or _derived_merges(file, vocab)
     try:
-        model = models.BPE(
-            vocab,
-            _merges(file) or _derived_merges(file, pieces, vocab),
-            unk_token=pieces[unknown] if unknown is not None else None,
-            fuse_unk=True,
-            byte_fallback=True,
-        )
+        model = models.BPE(vocab, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True)
     except Exception as error:  # tokenizers raises bare Exception
         raise _misfit(file, error) from error
     tokenizer = Tokenizer(model)
@@ -199,25 +203,27 @@ def _sentencepiece(file: GGUFFile, tokens: Sequence[str]) -> Tokenizer:
         replacement=SPACE, prepend_scheme="first" if prefix else "never", split=False
     )
     strip = [decoders.Strip(content=" ", left=1)] if prefix else []
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
     return tokenizer
 
 
-def _derived_merges(file: GGUFFile, pieces: Sequence[str], vocab: dict[str, int]) -> list[tuple[str, str]]:
+def _derived_merges(file: GGUFFile, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     """Return every way to put a piece together from two others, best piece first.
 
     Best is the highest score; of one score, the longer left part, then the longer right part, then the earlier piece.
     Gemma's scores do not follow the order of its merges, its ids do.
     """
     merges = [
-        (piece[:cut], piece[cut:])
-        for piece in pieces
+        (left, right)
+        for piece in vocab
         for cut in range(len(piece) - 1, 0, -1)
-        if piece[:cut] in vocab and piece[cut:] in vocab
+        if (left := piece[:cut]) in vocab and (right := piece[cut:]) in vocab
     ]
     if file.get("general.architecture", str) in GEMMA:
         return merges
-    scores = _scores(file, len(pieces))
+    scores = _scores(file, len(vocab))
     merges.sort(key=lambda pair: (-scores[vocab[pair[0] + pair[1]]], -len(pair[0]), -len(pair[1])))
     return merges
 
@@ -227,4 +233,3 @@ def _scores(file: GGUFFile, size: int) -> list[float]:
     if not isinstance(scores, np.ndarray) or len(scores) != size:
         raise CheckpointError(f"{file.path}: {_PREFIX}scores does not have one number for each of {size} tokens.")
     return [float(score) for score in scores.tolist()]
-

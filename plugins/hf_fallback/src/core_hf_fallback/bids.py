@@ -21,7 +21,14 @@ def bids_for(spec: ModelSpec, options: EngineConfig) -> list[Bid[Model] | Refusa
     if reason is not None:
         return [Refusal(reason)]
     return [
-        Bid(f"{FAMILY}/{tier}", priority, _builder(tier), {"tier": tier, "probed": True}, is_fallback=True, family=FAMILY)
+        Bid(
+            f"{FAMILY}/{tier}",
+            priority,
+            _builder(tier),
+            {"tier": tier, "probed": True},
+            is_fallback=True,
+            family=FAMILY,
+        )
         for tier, priority in TIERS.items()
     ]
 
@@ -45,7 +52,7 @@ def remote_files(spec: ModelSpec) -> set[str]:
 
 
 def knows(model_type: str) -> bool:
-    """True if transformers has this model type. Importing transformers takes a second, so its folders are asked first."""
+    """True if transformers has this model type. Importing it takes a second, so its folders are asked first."""
     found = importlib.util.find_spec("transformers")
     if found is None or found.origin is None:
         return False

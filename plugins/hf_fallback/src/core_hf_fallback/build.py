@@ -74,7 +74,7 @@ def _paged(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refus
         return Refusal(str(reason))
     except CoreError as error:
         return Refusal(str(error))
-    except Exception as error:  # the module is anybody's code: whatever it raises on a flat batch declines this tier
+    except Exception as error:  # noqa: BLE001 - anybody's code: whatever it raises on a flat batch declines this tier
         return Refusal(f"the flat batch fails in the module: {type(error).__name__}: {error}")
     if wrong is not None:
         return Refusal(wrong)
@@ -91,6 +91,3 @@ def embedding_size(module: nn.Module) -> int:
     embedding = getattr(module, "get_input_embeddings", lambda: None)()
     size = getattr(embedding, "num_embeddings", None)
     return int(size) if size else int(module.config.get_text_config().vocab_size)
-
-
-

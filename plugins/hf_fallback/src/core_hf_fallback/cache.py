@@ -49,7 +49,9 @@ class CacheModel:
             start, end = batch.query_starts[row], batch.query_starts[row + 1]
             inside = [token - start for token in range(start, end) if token in wanted]
             ids = batch.token_ids[None, start:end]
-            logits = self._first(entry.request.id, ids, inside) if entry.start == 0 else self._next(entry.request.id, ids)
+            logits = (
+                self._first(entry.request.id, ids, inside) if entry.start == 0 else self._next(entry.request.id, ids)
+            )
             rows.append(logits[-(end - start) :][[index - (end - start) for index in inside]])
         return torch.cat(rows)
 

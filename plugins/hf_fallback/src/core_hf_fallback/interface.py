@@ -21,11 +21,29 @@ from core_hf_fallback.masks import Mask, MaskFunction, read_mask
 
 NAME = "core"
 ATTRIBUTE = "core_binding"
-BOOKKEEPING = frozenset({  # arguments that say nothing about this call's mathematics
-    "position_ids", "cache_position", "past_key_values", "past_key_value", "use_cache", "output_attentions",
-    "output_hidden_states", "output_router_logits", "return_dict", "position_embeddings", "num_items_in_batch", "labels",
-    "layer_idx", "logits_to_keep", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "deterministic",
-})
+BOOKKEEPING = frozenset(
+    {  # arguments that say nothing about this call's mathematics
+        "position_ids",
+        "cache_position",
+        "past_key_values",
+        "past_key_value",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "position_embeddings",
+        "num_items_in_batch",
+        "labels",
+        "layer_idx",
+        "logits_to_keep",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "deterministic",
+    }
+)
 
 
 class Binding:
@@ -72,7 +90,9 @@ class Binding:
             return self._record(name, occurrence, q, k, v, args)
         layer = self.layers.get((name, occurrence))
         if layer is None or self.batch is None:
-            raise UnsupportedAttention(f"Layer {name} attends for the {occurrence + 1}. time in a forward; at load it did not.")
+            raise UnsupportedAttention(
+                f"Layer {name} attends for the {occurrence + 1}. time in a forward; at load it did not."
+            )
         return self.batch.attention.attend(q, k, v, layer, args)
 
     def _record(self, name: str, occurrence: int, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> Tensor:
@@ -139,7 +159,9 @@ def attention(
     name = binding.name_of(module)
     _refuse_unknown(name, others, dropout)
     if query.shape[0] != 1:
-        raise UnsupportedAttention(f"Layer {name} attends with a batch of {query.shape[0]}, not with the flat row given to it.")
+        raise UnsupportedAttention(
+            f"Layer {name} attends with a batch of {query.shape[0]}, not with the flat row given to it."
+        )
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     args = AttentionArgs(
         scaling=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
@@ -149,7 +171,7 @@ def attention(
     )
     args = _with_mask(name, args, attention_mask, sliding_window)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return binding.attend(module, q, k, v, args).unsqueeze(0), None
+    return binding.attend(module, q, k, v, args).contiguous().unsqueeze(0), None  # some modules view() it
 
 
 def _refuse_unknown(layer: str, others: dict[str, Any], dropout: float) -> None:

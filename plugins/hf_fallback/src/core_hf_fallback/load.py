@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from core.contracts import Checkpoint
@@ -60,8 +59,8 @@ def _model_class(spec: ModelSpec, config: Any, context: BuildContext) -> Any:
     if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForCausalLM
     raise CheckpointError(
-        f"{spec.path} was saved by {spec.architecture or 'an unnamed class'}; transformers has no causal language model "
-        f"of that name, nor one for model type {spec.model_type!r}."
+        f"{spec.path} was saved by {spec.architecture or 'an unnamed class'}; transformers has no causal language "
+        f"model of that name, nor one for model type {spec.model_type!r}."
     )
 
 
@@ -74,5 +73,3 @@ def _check(spec: ModelSpec, info: dict[str, Any]) -> None:
             problems.append(f"{kind.replace('_', ' ')}: {', '.join(names[:10])}{more}")
     if problems:
         raise CheckpointError(f"The tensors of {spec.path} do not fit its class. {'; '.join(problems)}.")
-
-

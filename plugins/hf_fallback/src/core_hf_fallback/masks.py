@@ -31,8 +31,10 @@ def read_mask(function: MaskFunction) -> Mask:
     try:
         mask = _guess(function)
         seen, q, k = _grid(function)
-    except Exception as error:  # the function is the model's own and may fail in any way outside its batch
-        return Mask(unknown=f"its mask function fails outside the batch it was made for ({type(error).__name__}: {error})")
+    except Exception as error:  # noqa: BLE001 - the model's own function may fail in any way outside its batch
+        return Mask(
+            unknown=f"its mask function fails outside the batch it was made for ({type(error).__name__}: {error})"
+        )
     args = AttentionArgs(scaling=1.0, window=mask.window, chunk=mask.chunk)
     if not torch.equal(seen.expand(len(q), k.shape[1]), visible(q, k, args)):
         return Mask(unknown="its mask is neither causal, nor a sliding window, nor chunks")

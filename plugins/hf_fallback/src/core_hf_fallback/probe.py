@@ -43,7 +43,8 @@ class Probe:
         generator = torch.Generator().manual_seed(0)
         low = min(3, vocab_size - 1)  # past padding, begin and end of text
         ids = {
-            name: torch.randint(low, vocab_size, (count,), generator=generator).tolist() for name, count in LENGTHS.items()
+            name: torch.randint(low, vocab_size, (count,), generator=generator).tolist()
+            for name, count in LENGTHS.items()
         }
         with torch.inference_mode():
             return cls(ids, {name: plain(torch.tensor([tokens])).float() for name, tokens in ids.items()})
@@ -83,5 +84,3 @@ def _distance(found: Tensor, wanted: Tensor) -> float:
 def tolerance(dtype: torch.dtype) -> float:
     """How far rounding alone can move a logit, in standard deviations."""
     return 2e-3 if dtype == torch.float32 else 0.25
-
-

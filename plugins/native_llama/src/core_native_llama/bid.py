@@ -29,5 +29,9 @@ def bid_for(spec: ModelSpec) -> Bid[Model] | Refusal | None:
 
         return load(config, checkpoint, context)
 
-    features = {"rope": config.rope.get("rope_type", "default"), "windows": any(config.windows), "qk_norm": config.qk_norm}
+    features = {
+        "rope": config.rope.get("rope_type", "default"),
+        "windows": any(config.windows),
+        "qk_norm": config.qk_norm,
+    }
     return Bid(NAME, PRIORITY, build, features)

@@ -1,6 +1,6 @@
 """The decoder. Shapes: tokens [tokens], hidden states [tokens, hidden]; there is no batch dimension.
 
-    embed -> (norm, attention, +) (norm, mlp, +) for each layer -> norm -> head
+embed -> (norm, attention, +) (norm, mlp, +) for each layer -> norm -> head
 """
 
 from __future__ import annotations
