@@ -30,7 +30,7 @@ class Batch:
     query_starts: list[int]  # [requests + 1], half-open ranges into the tokens
     context_lens: list[int]  # [requests], tokens in the cache after this step, the new ones included
     logit_rows: Tensor  # [rows] int64, the tokens whose logits are wanted, ascending
-    attention: AttentionBackend
+    attention: AttentionBackend | None  # None: a model that keeps its own state
 
     @property
     def num_requests(self) -> int:

@@ -17,6 +17,22 @@ if TYPE_CHECKING:
     from jinja2 import Environment, Template
     from jinja2.ext import Extension
 
+RESERVED = frozenset(  # arguments of transformers' apply_chat_template that are not variables of the template
+    (
+        "conversation",
+        "chat_template",
+        "tokenize",
+        "sanitize_control_tokens",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    )
+)
+TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # ends in a space, to see whether the template trims the message
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # names of one thing; the first is the standard one
 
 
@@ -34,21 +50,73 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **template_options: Any,
     ) -> str:
-        """Return the prompt text. Raises InvalidParameter("messages") if the template refuses the conversation."""
-        if self._template is None:
-            self._template = _compile(self.source)
+        """Return the prompt text. Raises InvalidParameter("messages") if the template refuses the conversation.
+
+        With `continue_final_message` the text ends where the last message ends, so that the model goes on with it.
+        """
+        _check_options(template_options, add_generation_prompt, continue_final_message)
+        talk = _checked_messages(messages)
+        final = _mark_end(talk[-1]) if continue_final_message else ""
         variables = {"documents": None, **self._special_tokens, **_plain(template_options)}
         variables |= {
-            "messages": [_with_reasoning(_plain(message)) for message in messages],
-            "tools": _plain(tools),
+            "messages": [_with_reasoning(message) for message in talk],
+            "tools": _plain(tools) if tools else None,
             "add_generation_prompt": add_generation_prompt,
         }
+        text = self._render(variables)
+        return _cut_at_mark(text, final) if continue_final_message else text
+
+    def _render(self, variables: Mapping[str, Any]) -> str:
+        if self._template is None:
+            self._template = _compile(self.source)
         try:
             return self._template.render(variables)
         except Exception as error:  # the template is foreign code: whatever it raises, it refuses these messages
             raise InvalidParameter(f"The chat template refuses these messages: {error}", "messages") from error
+
+
+def _check_options(options: Mapping[str, Any], add_generation_prompt: bool, continue_final_message: object) -> None:
+    taken = sorted(RESERVED & options.keys())
+    if taken:
+        message = f"chat_template_kwargs must not set {', '.join(taken)}; the server does."
+        raise InvalidParameter(message, "chat_template_kwargs")
+    if not isinstance(continue_final_message, bool):
+        message = f"continue_final_message must be true or false, got {continue_final_message!r}."
+        raise InvalidParameter(message, "continue_final_message")
+    if continue_final_message and add_generation_prompt:
+        message = "continue_final_message goes on with the last message, so set add_generation_prompt to false."
+        raise InvalidParameter(message, "continue_final_message")
+
+
+def _checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Copy the messages into plain data."""
+    if not messages or not all(isinstance(message, Mapping) for message in messages):
+        message = "messages must be a list of at least one object with role and content."
+        raise InvalidParameter(message, "messages")
+    return [_plain(message) for message in messages]
+
+
+def _mark_end(message: dict[str, Any]) -> str:
+    """Append the tag to a message's text, or to its last part that has one; return that text."""
+    content = message.get("content")
+    parts = [part for part in content if isinstance(part, dict) and "text" in part] if isinstance(content, list) else []
+    holder, key = (parts[-1], "text") if parts else (message, "content")
+    text = holder.get(key)
+    if not isinstance(text, str):
+        raise InvalidParameter("continue_final_message needs a last message with text to go on with.", "messages")
+    holder[key] = text + TAG
+    return text
+
+
+def _cut_at_mark(rendered: str, final: str) -> str:
+    """Return the text up to the tag; without the spaces before it if the template trims messages."""
+    if TAG.strip() not in rendered or final.strip() not in rendered:
+        raise InvalidParameter("The chat template leaves the last message out, so it cannot be continued.", "messages")
+    before, found, after = rendered.rpartition(TAG.strip())
+    return before if (found + after).startswith(TAG) else before.rstrip()
 
 
 def _plain(value: Any) -> Any:
@@ -69,8 +137,6 @@ def _plain(value: Any) -> Any:
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     """Give a message's reasoning under every name that templates read."""
-    if not isinstance(message, dict):
-        raise InvalidParameter(f"A message must be an object with a role, got {message!r}.", "messages")
     reasoning = next((message[name] for name in REASONING_FIELDS if message.get(name) is not None), None)
     if reasoning is None:
         return message

@@ -144,7 +144,7 @@ def _assemble(
 
 def choose_model_len(config: EngineConfig, spec: ModelSpec) -> int:
     """The model's own limit, or a smaller one that was asked for. Raises ConfigError for a larger one."""
-    own = spec.max_positions
+    own = spec.max_context
     if config.max_model_len is None:
         return own or DEFAULT_MODEL_LEN
     if own is not None and config.max_model_len > own:

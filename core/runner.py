@@ -24,7 +24,7 @@ class StepLogits:
 class Runner:
     """Runs one model on one attention backend."""
 
-    def __init__(self, model: Model, attention: AttentionBackend, block_size: int, device: torch.device) -> None:
+    def __init__(self, model: Model, attention: AttentionBackend | None, block_size: int, device: torch.device) -> None:
         self.model, self.attention, self.block_size, self.device = model, attention, block_size, device
         self.has_kv = bool(model.kv_specs())
 
@@ -32,7 +32,7 @@ class Runner:
     def run(self, entries: Sequence[ScheduledTokens], wants_prompt: set[int]) -> StepLogits:
         """Run `entries`; `wants_prompt` holds the indices of those whose prompt rows are wanted."""
         batch, ranges, last = self._batch(entries, wants_prompt)
-        if self.has_kv:
+        if self.attention is not None and self.has_kv:
             self.attention.plan(batch)
         logits = self.model.forward(batch)
         prompt_rows = {index: logits[start:end] for index, (start, end) in ranges.items()}

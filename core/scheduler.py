@@ -235,9 +235,7 @@ class Scheduler:
 
     def _run_chunks(self, prefilling: Sequence[Request], step: _Step) -> None:
         for request in prefilling:
-            if step.budget <= 0:
-                return
-            if request.status is Status.RUNNING:
+            if step.budget > 0:
                 step.run(request, self._count(request, step))
 
     def _admit_waiting(self, step: _Step) -> None:
@@ -308,7 +306,7 @@ class Scheduler:
         """True if it failed before and nothing was freed since, so that the prefix cache need not be searched again."""
         if len(self._running) >= self.limits.max_num_seqs:
             return self._running.requests[-1].priority <= request.priority
-        if self._blocked is None or self._blocked[0] is not request or not self._running:
+        if self._blocked is None or self._blocked[0] is not request:
             return False
         free, fewest = self.pool.num_free, self._blocked[1]
         self._blocked = (request, min(free, fewest))

@@ -65,6 +65,15 @@ class ModelSpec:
         return None
 
     @property
+    def max_context(self) -> int | None:
+        """The longest text to serve, in tokens: max_positions, stretched where the rope grows with the text."""
+        rope = self.text_config.get("rope_parameters") or self.text_config.get("rope_scaling") or {}
+        longest = self.max_positions
+        if longest is None or rope.get("rope_type", rope.get("type")) != "dynamic":
+            return longest
+        return int(longest * max(float(rope.get("factor") or 1.0), 1.0))
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end a text: generation_config's, else config's."""
         found = self.generation_config.get("eos_token_id", self.text_config.get("eos_token_id"))

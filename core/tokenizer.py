@@ -111,8 +111,9 @@ def _open(path: Path, trust_remote_code: bool) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # OSError, ValueError, ImportError, and bare Exception from the Rust side
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"The tokenizer in {path} cannot be loaded: {first} {_advice()}") from error
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        trust = "If you trust its Python files, start with --trust-remote-code. " if "custom code" in str(error) else ""
+        raise CheckpointError(f"The tokenizer in {path} cannot be loaded: {first} {trust}{_advice()}") from error
     files = {*tokenizer.vocab_files_names.values(), "tokenizer.json"}  # a tokenizer of bytes names none and needs none
     if tokenizer.vocab_files_names and not any(
         (path / name).is_file() for name in files

@@ -1,9 +1,12 @@
 """A conversation is rendered as transformers renders it; a template that refuses is the request's error."""
 
+import inspect
+
 import pytest
+from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from core.chat_template import ChatTemplate
+from core.chat_template import RESERVED, ChatTemplate
 from core.errors import CheckpointError, InvalidParameter
 
 USER = [{"role": "user", "content": "<b>&'é\n"}]
@@ -76,9 +79,56 @@ def test_options_cannot_replace_the_messages_themselves():
         ChatTemplate("{{ messages }}").render(USER, messages=[])
 
 
-def test_a_message_that_is_no_object_is_refused():
-    with pytest.raises(InvalidParameter, match="must be an object with a role, got 'hi'"):
-        ChatTemplate("x").render(["hi"])
+@pytest.mark.parametrize("messages", [[], ["hi"], None])
+def test_messages_that_are_no_objects_are_refused(messages):
+    with pytest.raises(InvalidParameter, match="at least one object with role and content"):
+        ChatTemplate("x").render(messages)
+
+
+def test_an_argument_of_the_host_is_refused_as_a_template_option():
+    with pytest.raises(InvalidParameter, match="must not set chat_template, tokenize") as caught:
+        ChatTemplate("x").render(USER, tokenize=True, chat_template="y")
+    assert caught.value.param == "chat_template_kwargs"
+
+
+def test_no_argument_of_transformers_is_taken_for_a_variable():
+    known = set(inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters)
+    ours = set(inspect.signature(ChatTemplate.render).parameters)
+    assert known - ours - RESERVED == {"documents", "kwargs"}
+
+
+PARTS = [{"type": "text", "text": "one "}, {"type": "image"}, {"type": "text", "text": " two "}]
+
+
+@pytest.mark.parametrize("source", ["{{ messages[-1].content }}<end>", "[{{ messages[-1].content | trim }}]\n"])
+@pytest.mark.parametrize("content", ["so far", " so far ", ""])
+def test_the_last_message_can_be_continued(source, content):
+    messages = [*USER, {"role": "assistant", "content": content}]
+    expected, _ = render_jinja_template([messages], chat_template=source, continue_final_message=True)
+    rendered = ChatTemplate(source).render(messages, add_generation_prompt=False, continue_final_message=True)
+    assert rendered == expected[0]
+    assert messages[-1]["content"] == content
+
+
+def test_the_last_text_part_can_be_continued():
+    source = "{% for part in messages[-1].content %}{{ part.text }}|{% endfor %}"
+    messages = [{"role": "assistant", "content": PARTS}]
+    expected, _ = render_jinja_template([messages], chat_template=source, continue_final_message=True)
+    assert ChatTemplate(source).render(messages, None, False, continue_final_message=True) == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "message", "prompt", "wish", "problem"),
+    [
+        ("{{ messages[-1].content }}", {"content": "x"}, True, True, "set add_generation_prompt to false"),
+        ("{{ messages[-1].content }}", {"content": None}, False, True, "with text to go on with"),
+        ("nothing", {"content": "x"}, False, True, "leaves the last message out"),
+        ("{{ messages[-1].content }}", {"content": "x"}, False, "content", "must be true or false"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(source, message, prompt, wish, problem):
+    with pytest.raises(InvalidParameter, match=problem):
+        ChatTemplate(source).render([message], None, prompt, continue_final_message=wish)
 
 
 def test_a_template_that_is_not_jinja_is_the_checkpoint_s_error():

@@ -50,7 +50,9 @@ def byte_level():
 def sentencepiece():
     """As Llama 2, Mistral: words carry their space in front, unknown characters are spelt in bytes."""
     words = ["▁", "▁Hello", "▁world", "▁a", "a", "b", "c", "é", ",", "lo"]
-    vocab = {name: at for at, name in enumerate([*SPECIAL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *words])}
+    vocab = {
+        name: at for at, name in enumerate([*SPECIAL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *words])
+    }
     made = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     made.add_special_tokens(SPECIAL)
     made.decoder = decoders.Sequence(

@@ -331,7 +331,7 @@ def test_two_claims_are_an_error_that_prefer_settles():
     assert host.quant_method(quantized("awq"), EngineConfig(prefer=("q2",))).name == "awq_fast"
 
 
-# ------------------------------------------------------------------------------------------------ registering, observing
+# ------------------------------------------------------------------------------------------------ registering
 
 
 def test_a_plugin_adds_a_command_and_may_not_replace_one():

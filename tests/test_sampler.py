@@ -304,9 +304,9 @@ def test_a_nucleus_wider_than_the_first_candidates_is_sampled_whole(top_k):
     vocab = 20000
     row = logits(vocab=vocab, scale=0.01)[0]
     kept = np.flatnonzero(reference(row, top_p=0.95, top_k=top_k))
-    found = draws(row, 300, top_p=0.95, top_k=top_k)
+    found = draws(row, 100, top_p=0.95, top_k=top_k)
     assert set(found) <= set(kept)
-    assert len(found) > 250
+    assert len(found) > 90
 
 
 def test_the_cumulative_sum_over_many_spans_is_inverted_exactly():

@@ -230,7 +230,7 @@ def test_an_equal_priority_never_preempts() -> None:
 
 def test_lower_requests_are_left_alone_when_even_their_blocks_would_not_be_enough() -> None:
     scheduler = make(num_blocks=8)
-    scheduler.add(ask("k", 16, priority=0))
+    scheduler.add(ask("k", 16, priority=1))
     scheduler.add(ask("l", 4, priority=5))
     run(scheduler)
     scheduler.add(ask("h", 20, priority=1))
@@ -271,6 +271,45 @@ def test_the_last_in_order_is_preempted_when_a_decode_finds_no_block() -> None:
     run_to_the_end(scheduler)
     assert first.num_preemptions == 0
     assert second.output_ids == [7] * 16
+
+
+def test_a_step_that_preempted_for_blocks_admits_nobody() -> None:
+    def two_that_fill_the_pool() -> Scheduler:
+        scheduler = make(num_blocks=5)
+        scheduler.add(ask("a", 4, max_tokens=16, arrival=1))
+        scheduler.add(ask("b", 4, max_tokens=16, arrival=2))
+        return scheduler
+
+    scheduler, calm = two_that_fill_the_pool(), 0
+    while not finish(scheduler, scheduler.schedule()).preempted:
+        calm += 1
+    scheduler = two_that_fill_the_pool()
+    for _ in range(calm):
+        run(scheduler)
+    scheduler.add(ask("d", 1, max_tokens=1, priority=-1))
+    assert run(scheduler) == {"a": 1}
+    assert run(scheduler) == {"a": 1, "d": 1}
+
+
+def test_a_blocked_request_starts_as_soon_as_enough_blocks_are_freed() -> None:
+    scheduler = make(num_blocks=12)
+    scheduler.add(ask("a", 4, max_tokens=12))
+    scheduler.add(ask("b", 16, max_tokens=4))
+    run(scheduler)
+    scheduler.add(ask("c", 20, max_tokens=4))
+    assert [run(scheduler) for _ in range(3)] == [{"a": 1, "b": 1}] * 3
+    assert run(scheduler) == {"a": 1, "c": 20}
+
+
+def test_a_blocked_request_starts_when_a_block_comes_back_that_others_had_taken_meanwhile() -> None:
+    scheduler = make(num_blocks=8)
+    scheduler.add(ask("a", 3, max_tokens=10))
+    scheduler.add(ask("b", 1, max_tokens=4))
+    run(scheduler)
+    scheduler.add(ask("c", 20, max_tokens=2))
+    assert [run(scheduler) for _ in range(3)] == [{"a": 1, "b": 1}] * 3
+    assert scheduler.pool.num_free == 6, "as many as when c failed: b gave one back, a had taken one"
+    assert run(scheduler) == {"a": 1, "c": 20}
 
 
 def test_a_preempted_request_comes_back_before_new_ones_of_its_priority() -> None:

@@ -36,7 +36,9 @@ class Rotary:
             raise RotaryError("partial_rotary_factor other than 1 is not supported")
         self.dim, self.parameters = dim, parameters
         self.theta = float(parameters.get("rope_theta", 10000.0))
-        self.original = int(parameters.get("original_max_position_embeddings") or max_positions)
+        # transformers' dynamic rope grows from max_position_embeddings, whatever else the parameters say.
+        stated = None if self.kind == "dynamic" else parameters.get("original_max_position_embeddings")
+        self.original = int(stated or max_positions)
         self.factor = float(parameters.get("factor") or 1.0)
         self.attention_factor = 1.0
         self.inverse = self._inverse(max_positions).to(device)  # [dim / 2] float32

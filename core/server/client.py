@@ -11,14 +11,15 @@ from dataclasses import dataclass
 
 import core.errors
 from core.config import EngineConfig
+from core.contracts import Tokenizer
 from core.errors import CoreError, EngineDead, InvalidParameter
 from core.metrics import Metrics
 from core.outputs import Delta
 from core.plugins import PluginHost
-from core.contracts import Tokenizer
 from core.request import ClientRequest
 from core.server.channel import EngineChannel
 from core.server.codec import Codec, load_tokenizer
+from core.server.errors import HttpError
 from core.server.info import ServedInfo
 from core.server.messages import (
     Abort,
@@ -172,10 +173,10 @@ class EngineClient:
         return len(self._streams)
 
     def require_ready(self) -> ServedInfo:
-        """Return what is served. Raises EngineDead with the reason when no request can be taken."""
+        """Return what is served. Raises HttpError 503 with the reason when no request can be taken."""
         reason = self.reason
         if reason is not None:
-            raise EngineDead(reason)
+            raise HttpError(503, reason, code="engine_not_ready", headers={"retry-after": "1"})
         assert self.info is not None
         return self.info
 
@@ -184,7 +185,8 @@ class EngineClient:
     async def submit(self, *requests: ClientRequest) -> RequestStream:
         """Hand requests to the engine; return their stream once it has taken them all.
 
-        Raises RequestError if it refuses one (then none is run) and EngineDead. The caller closes the stream.
+        Raises RequestError if it refuses one (then none is run) or is not ready, EngineDead if it dies. The caller
+        closes the stream.
         """
         self.require_ready()
         taken = [request.id for request in requests if request.id in self._streams]

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from core.errors import CoreError, EngineDead, RequestError
@@ -73,6 +74,7 @@ def install_handlers(app: FastAPI) -> None:
     """Make every exception of a route an answer in OpenAI's shape."""
     app.add_exception_handler(CoreError, _on_core_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_unforeseen)
 
 
@@ -93,6 +95,18 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     return error_response(shown)
 
 
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    """Nobody reads this; 499 is what logs call it."""
+    return Response(status_code=499)
+
+
 async def _on_unforeseen(request: Request, error: Exception) -> Response:
     """Starlette raises it again after this answer, so that the HTTP server logs the traceback."""
     return error_response(error)
+
+
+def renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
+    """Return `error` with `param` as the API in use calls it."""
+    if error.param is not None and error.param in names:
+        error.param = names[error.param]
+    return error

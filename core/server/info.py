@@ -1,4 +1,4 @@
-"""ServedInfo: core.engine.EngineInfo as the server's process keeps it, where core.engine and its torch are not loaded."""
+"""ServedInfo: core.engine.EngineInfo for the server's process, which loads neither core.engine nor torch."""
 
 from __future__ import annotations
 
@@ -30,4 +30,4 @@ class ServedInfo:
 
     @classmethod
     def of(cls, info: EngineInfo | ServedInfo) -> ServedInfo:
-        return info if isinstance(info, cls) else cls(**asdict(info))  # type: ignore[call-overload]
+        return info if isinstance(info, cls) else cls(**asdict(info))

@@ -108,9 +108,7 @@ def _die_with_the_server() -> None:
         os._exit(0)
 
 
-def _load(
-    config: EngineConfig, resolved: Resolved, build: BuildEngine, replies: Connection
-) -> SteppingEngine | None:
+def _load(config: EngineConfig, resolved: Resolved, build: BuildEngine, replies: Connection) -> SteppingEngine | None:
     """Build the engine and say so, or say why not and return None."""
     try:
         engine = build(config, resolved)

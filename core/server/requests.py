@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
+from core.errors import CoreError
 from core.outputs import Delta
 from core.request import ClientRequest
 
@@ -15,30 +15,50 @@ class RequestStream:
 
     def __init__(self, requests: Sequence[ClientRequest], abort: Callable[[str], None]) -> None:
         self.requests = tuple(requests)
-        self.open = {request.id: request.params.n for request in requests}  # samples that have not finished
+        self.open = {request.id: set(range(request.params.n)) for request in requests}  # samples that have not finished
         self._unanswered = set(self.open)  # requests that the engine has neither accepted nor refused
         self._abort = abort
         self._deltas: list[Delta] = []
         self._error: Exception | None = None
         self._changed = asyncio.Event()
 
+    # ------------------------------------------------------------------------------------------ filling
+
     def accept(self, request_id: str) -> None:
         self._unanswered.discard(request_id)
         self._changed.set()
 
+    def refuse(self, request_id: str, error: Exception) -> None:
+        """The engine does not run this request, so none of the stream's is wanted."""
+        self.open.pop(request_id, None)
+        self.fail(error)
+
     def push(self, delta: Delta) -> None:
-        """Take a delta; the last one of a request's last sample closes that request."""
-        self._deltas.append(delta)
+        """Take a delta; the last one of a request's last sample closes that request. A failed sample fails the body."""
+        if delta.finish_reason == "error":
+            self.fail(CoreError(f"The engine failed on this request: {delta.stop_reason}"))
+        else:
+            self._deltas.append(delta)
         if delta.finish_reason is not None:
-            self.open[delta.request_id] -= 1
-            if self.open[delta.request_id] == 0:
+            samples = self.open[delta.request_id]
+            samples.discard(delta.index)
+            if not samples:
                 del self.open[delta.request_id]
+        self._changed.set()
+
+    def drop(self, request_id: str) -> None:
+        """Somebody aborted a request: its samples end with "abort"."""
+        self._unanswered.discard(request_id)
+        for index in sorted(self.open.pop(request_id, ())):
+            self._deltas.append(Delta(request_id, index, finish_reason="abort"))
         self._changed.set()
 
     def fail(self, error: Exception) -> None:
         """End the stream with an error, which comes after the deltas that have arrived."""
         self._error = self._error or error
         self._changed.set()
+
+    # ------------------------------------------------------------------------------------------ reading
 
     async def accepted(self) -> None:
         """Wait until the engine has taken every request. Raises what it refused one with."""
@@ -65,6 +85,5 @@ class RequestStream:
     def close(self) -> None:
         """Abort what is still running. Safe to call twice."""
         for request_id in list(self.open):
-            with suppress(KeyError):
-                del self.open[request_id]
+            del self.open[request_id]
             self._abort(request_id)

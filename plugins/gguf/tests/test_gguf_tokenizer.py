@@ -316,6 +316,6 @@ def test_a_template_file_replaces_the_file_s_own(open_tokenizer, tmp_path):
     path.write_text("own {{ messages | length }}")
     fixed = {"scores": SCORES, **LLAMA, "chat_template": "theirs"}
     tokenizer = open_tokenizer("llama", PIECES, TYPES, {"chat_template": str(path)}, **fixed)
-    assert tokenizer.render_chat([]) == "own 0"
+    assert tokenizer.render_chat([{"role": "user", "content": "x"}]) == "own 1"
     with pytest.raises(ConfigError, match="Cannot read the chat template"):
         open_tokenizer("llama", PIECES, TYPES, {"chat_template": str(path) + "x"}, **fixed)

@@ -12,7 +12,7 @@ from core.model_loader import BuildContext
 from core.spec import ModelSpec
 
 FAMILY = "transformers"
-TIERS = {"paged": 30, "cache": 10}
+TIERS = {"paged": 30, "rows": 20, "cache": 10}
 
 
 def bids_for(spec: ModelSpec, options: EngineConfig) -> list[Bid[Model] | Refusal]:

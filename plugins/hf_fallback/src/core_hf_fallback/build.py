@@ -17,7 +17,9 @@ from core_hf_fallback.cache import CacheModel
 from core_hf_fallback.interface import configs_of
 from core_hf_fallback.load import load_module
 from core_hf_fallback.paged import NotPaged, PagedModel, logits_of, rope_depends_on_length
-from core_hf_fallback.probe import Probe
+from core_hf_fallback.probe import Probe, rows_difference
+from core_hf_fallback.rows import RowsModel
+from core_hf_fallback.state import CannotBatch
 
 logger = logging.getLogger("core_serve.transformers")
 SHARED = "core_hf_fallback.module"
@@ -30,7 +32,8 @@ class Loaded:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.own_attention = {id(config): config._attn_implementation for config in configs_of(module)}
-        self.probe = Probe.of(self.plain_logits, embedding_size(module))
+        self.embedding_size = embedding_size(module)
+        self.probe = Probe.of(self.plain_logits, self.embedding_size)
 
     @property
     def vocab_size(self) -> int:
@@ -55,10 +58,12 @@ def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Mode
     loaded = context.shared.get(SHARED)
     if loaded is None:
         loaded = context.shared[SHARED] = Loaded(load_module(checkpoint, context))
-    max_len = context.options.max_model_len or checkpoint.spec.max_positions or DEFAULT_MAX_LEN
+    max_len = context.options.max_model_len or checkpoint.spec.max_context or DEFAULT_MAX_LEN
     if tier == "paged":
         return _paged(loaded, context, max_len)
     loaded.restore_attention()
+    if tier == "rows":
+        return _rows(loaded, context, max_len)
     return CacheModel(loaded.module, loaded.vocab_size, max_len)
 
 
@@ -83,6 +88,26 @@ def _paged(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refus
     if wrong is not None:
         return Refusal(f"with packed linears, {wrong}")
     logger.info("probed transformers/paged in %.2f s: right", time.monotonic() - start)
+    return model
+
+
+def _rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refusal:
+    start = time.monotonic()
+    wrong: str | None = None
+    try:
+        reference = CacheModel(loaded.module, loaded.vocab_size, max_len)
+        for padding in (True, False):
+            model = RowsModel(loaded.module, loaded.vocab_size, max_len, padding)
+            wrong = rows_difference(model, reference, loaded.embedding_size, context.device)
+            if wrong is None:
+                break
+    except CannotBatch as reason:
+        return Refusal(str(reason))
+    except Exception as error:  # noqa: BLE001 - anybody's code: whatever it raises on a batch declines this tier
+        return Refusal(f"the module fails on several requests at once: {type(error).__name__}: {error}")
+    if wrong is not None:
+        return Refusal(wrong)
+    logger.info("probed transformers/rows in %.2f s: right", time.monotonic() - start)
     return model
 
 

@@ -1,10 +1,14 @@
-"""Is a tier right for this model? Runs a few tokens through it and compares with the plain module.
+"""Is a tier right for this model? Runs a few tokens through it and compares with what the module itself gives.
+
+Paged, against the plain module:
 
 Three requests of 7, 3 and 5 tokens; a budget that cuts the first in two, beside the prefill and decoding of others:
 
     step 1    A[0:4]  B[0:3]
     step 2    A[4:7]  B[3:4]  C[0:5]
     step 3    A[7:8]  B[4:5]  C[5:6]
+
+Rows, against one cache for each request: requests join a decoding group (a longer and a shorter text), pause and leave.
 """
 
 from __future__ import annotations
@@ -27,6 +31,9 @@ STEPS: tuple[tuple[tuple[str, int, int], ...], ...] = (
     (("A", 4, 7), ("B", 3, 4), ("C", 0, 5)),
     (("A", 7, 8), ("B", 4, 5), ("C", 5, 6)),
 )
+ROW_LENGTHS = {"A": 13, "B": 6, "C": 14, "D": 6}
+ROW_PROMPTS = {"A": 7, "B": 4, "C": 9, "D": 2}
+ROW_STEPS = ("AB", "ABC", "ABC", "ACD", "CD", "ACD", "AD", "A")  # who runs; the first time is the whole prompt
 Forward = Callable[[Tensor], Tensor]  # ids [1, tokens] -> logits [tokens, vocab]
 
 
@@ -73,6 +80,46 @@ class Probe:
             made[name] = Request(id=f"probe-{name}", prompt_ids=ids, params=params, max_tokens=1)
             made[name].block_ids = [order.pop() for _ in range(-(-len(ids) // BLOCK))]
         return made
+
+
+def rows_difference(rows: Model, reference: Model, vocab_size: int, device: torch.device) -> str | None:
+    """Run both tiers over the same steps; return what is wrong with the first, None if it is right."""
+    tokens = {name: _tokens(name, count, vocab_size) for name, count in ROW_LENGTHS.items()}
+    requests: dict[str, Request] = {}
+    runners = [Runner(model, None, BLOCK, device) for model in (rows, reference)]
+    for number, names in enumerate(ROW_STEPS, 1):
+        entries = [_next_tokens(name, requests, tokens[name]) for name in names]
+        found, wanted = (runner.run(entries, set()).sampled_rows.float().cpu() for runner in runners)
+        for index, name in enumerate(names):
+            worst = _distance(found[index], wanted[index])
+            if not worst < tolerance(found.dtype):
+                return f"side by side, logits differ by {worst:.2g} of their spread (step {number}, request {name})"
+        for name in set(names) - set("".join(ROW_STEPS[number:])):
+            rows.release(requests[name].id)
+            reference.release(requests[name].id)
+    return None
+
+
+def _next_tokens(name: str, requests: dict[str, Request], tokens: list[int]) -> ScheduledTokens:
+    """Schedule a request's next token, or its whole prompt at first."""
+    request = requests.get(name)
+    if request is None:
+        request = requests[name] = _request(name, tokens[: ROW_PROMPTS[name]])
+        return ScheduledTokens(request, 0, len(request.prompt_ids))
+    known = len(request.prompt_ids)
+    request.prompt_ids.append(tokens[known])
+    return ScheduledTokens(request, known, 1)
+
+
+def _tokens(name: str, count: int, vocab_size: int) -> list[int]:
+    generator = torch.Generator().manual_seed(ord(name))
+    return torch.randint(min(3, vocab_size - 1), vocab_size, (count,), generator=generator).tolist()
+
+
+def _request(name: str, ids: list[int]) -> Request:
+    made = Request(id=f"probe-{name}", prompt_ids=ids, params=SamplingParams(max_tokens=1), max_tokens=1)
+    made.block_ids = [0] * 8  # the model keeps its own state
+    return made
 
 
 def _distance(found: Tensor, wanted: Tensor) -> float:

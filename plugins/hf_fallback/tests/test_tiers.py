@@ -1,0 +1,85 @@
+"""Each architecture is served by the fastest tier that is right for it, and answers like `generate`."""
+
+import pytest
+
+from core import LLM, SamplingParams
+from core.errors import NoImplementation
+from core.testing import assert_matches_transformers, tiny_checkpoint
+
+TIERS = {
+    "gpt2": "paged",  # learned positions
+    "gemma2": "paged",  # softcap, and a window in every second layer
+    "gpt_oss": "paged",  # sinks
+    "mixtral": "paged",  # experts
+    "olmo3": "paged",  # windows by layer
+    "mamba": "cache",  # no attention
+    "bloom": "cache",  # ALiBi, added to a mask of its own
+}
+
+
+@pytest.mark.parametrize("model_type", TIERS)
+def test_a_model_is_served_by_its_tier_and_answers_like_transformers(model_type):
+    served_by = assert_matches_transformers(model_type, "transformers", max_tokens=6)
+    assert served_by == f"transformers/{TIERS[model_type]}"
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    return tiny_checkpoint("gpt2", tmp_path_factory.mktemp("gpt2"))
+
+
+def open_llm(folder, **options):
+    return LLM(model=str(folder), skip_tokenizer_init=True, block_size=4, **options)
+
+
+def tokens(outputs):
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+
+
+@pytest.mark.parametrize("tier", ["paged", "cache"])
+def test_requests_do_not_influence_each_other(gpt2, tier):
+    prompts = [list(range(3, 15)), list(range(60, 67)), [9, 9, 9]]
+    with open_llm(gpt2, model_impl=f"transformers/{tier}") as llm:
+        together = tokens(llm.generate(prompts, GREEDY))
+        assert together == [tokens(llm.generate([prompt], GREEDY))[0] for prompt in prompts]
+    assert len({tuple(answer) for answer in together}) > 1
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "mamba"])
+def test_few_blocks_and_preemption_give_the_same_tokens(model_type, tmp_path):
+    folder = tiny_checkpoint(model_type, tmp_path)
+    prompts = [list(range(3 + number, 15 + number)) for number in range(4)]
+    answers = []
+    for num_blocks in (64, 10):  # 10 blocks of 4 tokens hold two whole texts of 20
+        with open_llm(folder, num_blocks=num_blocks) as llm:
+            llm._engine.take_stats()
+            answers.append(tokens(llm.generate(prompts, GREEDY)))
+            preempted = sum(getattr(one, "num_preempted", 0) for one in llm._engine.take_stats())
+            assert (preempted > 0) == (num_blocks == 10)
+    assert answers[0] == answers[1]
+
+
+def test_a_tier_asked_for_by_name_is_taken_or_nothing(tmp_path):
+    folder = tiny_checkpoint("bloom", tmp_path)
+    with pytest.raises(NoImplementation, match="transformers/paged: the flat batch fails in the module"):
+        open_llm(folder, model_impl="transformers/paged")
+
+
+def test_the_fallback_is_not_native(gpt2):
+    with pytest.raises(NoImplementation, match="--model-impl native: no native model implementation"):
+        open_llm(gpt2, model_impl="native")
+
+
+def test_the_cache_tier_forgets_a_request_that_is_done(gpt2):
+    with open_llm(gpt2, model_impl="transformers/cache") as llm:
+        llm.generate([[5, 6, 7]], GREEDY)
+        assert llm._engine.model.texts == {}
+
+
+def test_the_cache_tier_says_that_nothing_of_it_can_be_shared(gpt2):
+    with open_llm(gpt2, model_impl="transformers/cache") as llm:
+        assert not llm.info.prefix_caching
+        assert "transformers/cache: serves" in llm.info.explanation
