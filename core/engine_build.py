@@ -99,6 +99,7 @@ def _assemble(
     max_model_len = choose_model_len(config, spec)
     specs = list(model.kv_specs())
     num_blocks = size_pool(config, specs, max_model_len)
+    max_model_len = min(max_model_len, num_blocks * config.block_size)  # no request can be longer than the pool
     attention = context.make_attention()
     if specs:
         attention.allocate(specs, num_blocks, config.block_size)

@@ -280,6 +280,7 @@ class Scheduler:
         self._keys[request.id] = (priority, 0, arrival, serial)
         self._running.insert(self._keys[request.id], request)
         request.status = Status.RUNNING
+        self._blocked = None
 
     def _make_room(self, request: Request, count: int, step: _Step) -> list[int] | None:
         """Return `count` blocks once there is a seat too, preempting requests of lower priority if that can help."""
@@ -325,8 +326,6 @@ class Scheduler:
         self.pool.free(request.block_ids)
         request.block_ids = []
         request.num_computed = 0
-        if self._blocked is not None and self._blocked[0] is request:
-            self._blocked = None
 
     # ------------------------------------------------------------------------------------ prefix cache
 

@@ -62,6 +62,7 @@ def sentencepiece():
 
 
 BYTES, PIECES = byte_level(), sentencepiece()
+HALVES = [b"\xe4", b"\xe4\xbd", b"\xf0\x9f\x8c", b"\xf0\x9f", b"\xff"]  # beginnings of characters
 
 
 def run(tokenizer, ids, prompt=(), chunk=1, **params):
@@ -100,12 +101,42 @@ def test_the_deltas_of_any_tokens_are_the_full_decode(ids, chunk, skip):
 @settings(max_examples=200, deadline=None)
 @given(data=st.binary(max_size=80))
 def test_the_deltas_of_any_bytes_are_the_full_decode(data):
-    """Nothing but single bytes: most of them are no characters, and some sequences stay undecided for long."""
-    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
-    table = {byte: BYTES.ids(letters(bytes([byte]).decode("latin1"))[0][0][-1])[0] for byte in range(128)}
-    high = [token for token in range(2, 258) if token not in table.values()]
-    ids = [table[byte] if byte < 128 else high[byte - 128] for byte in data]
+    ids = byte_tokens(data)
     assert "".join(run(BYTES, ids)[0]) == BYTES.decode(ids)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(HALVES * 4 + [b"a"]), max_size=60))
+def test_the_deltas_of_bytes_that_stay_undecided_for_long_are_the_full_decode(units):
+    ids = byte_tokens(b"".join(units))
+    assert "".join(run(BYTES, ids)[0]) == BYTES.decode(ids)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.integers(0, 5), max_size=60))
+def test_the_deltas_of_tokens_that_end_one_character_and_begin_another_are_the_full_decode(ids):
+    tokens = [b"\xe4", b"\xbd", b"\xa0\xe4", b"\x9f\x8c", b"\x8d\xf0", b"a"]
+    made = Tokenizer(models.BPE(vocab={spelling(token): at for at, token in enumerate(tokens)}, merges=[]))
+    made.decoder = decoders.ByteLevel()
+    assert "".join(run(Plain(made), ids)[0]) == made.decode(ids)
+
+
+def byte_tokens(data):
+    """Return one token for each byte."""
+    return BYTES.ids(*spelling(data))
+
+
+def spelling(data):
+    """Spell bytes as byte-level BPE does: those that do not print are letters from U+0100 on."""
+    prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in prints]
+    return "".join(chr(byte if byte in prints else 256 + others.index(byte)) for byte in data)
+
+
+def test_every_byte_has_a_token():
+    text = "你好 🌍 é\n"
+    assert BYTES.decode(byte_tokens(text.encode())) == text
+    assert len(set(byte_tokens(bytes(range(256))))) == 256
 
 
 @settings(max_examples=200, deadline=None)
@@ -230,6 +261,7 @@ def test_nothing_comes_after_a_stop_string():
 def test_a_stop_string_before_min_tokens_is_plain_text():
     ids = PIECES.ids("a", "b", "a", "b", "c")
     assert run(PIECES, ids, stop=["ab"], min_tokens=3) == (["", "ab", "", ""], "ab")
+    assert run(PIECES, ids, stop=["ab", "xyz"], min_tokens=3) == (["", "ab", "", ""], "ab")
     assert run(PIECES, ids, stop=["ab"], min_tokens=2) == (["", ""], "ab")
 
 

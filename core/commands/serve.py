@@ -64,7 +64,7 @@ def serve(given: Mapping[str, Any], host: PluginHost) -> int:
     config = make_config({name: value for name, value in given.items() if name not in SERVER_FIELDS}, host)
     from core.server.run import serve as run_server
 
-    return run_server(_named(config), server)
+    return run_server(_named(config), server, host)
 
 
 def _named(config: EngineConfig) -> EngineConfig:

@@ -7,7 +7,7 @@ loading; the reordered tensor takes the place of the plain one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,11 @@ class PackedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._linear = _ops()._linear_pointwise
 
+    @property
+    def weight(self) -> Tensor:
+        """A plain copy, for modules that look at the weight instead of calling the layer."""
+        return self.packed.to_dense()
+
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self._linear(x, self.packed, self.bias, "none", [], "")
         return out
@@ -111,8 +116,12 @@ def pack(layer: nn.Module) -> nn.Module:
     return PackedLinear(weight, bias)
 
 
-def pack_linears(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (Linear, MergedLinear)) -> int:
-    """Pack every linear of exactly these kinds in a module tree, one at a time; return how many.
+def pack_linears(
+    model: nn.Module,
+    kinds: tuple[type[nn.Module], ...] = (Linear, MergedLinear),
+    only: Collection[nn.Module] | None = None,
+) -> int:
+    """Pack every linear of exactly these kinds (and in `only`) in a module tree, one at a time; return how many.
 
     Linears whose weight is shared with another module are packed too: the other keeps the plain tensor. Subclasses
     are left alone, since they may compute something else.
@@ -120,7 +129,7 @@ def pack_linears(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (Linear,
     packed: dict[int, nn.Module] = {}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) not in kinds:
+            if type(child) not in kinds or (only is not None and child not in only):
                 continue
             if id(child) not in packed:
                 packed[id(child)] = pack(child)

@@ -168,6 +168,11 @@ class EngineClient:
         return self.reason is None
 
     @property
+    def process_id(self) -> int | None:
+        """Of the engine's process; None while there is none."""
+        return None if self._channel is None else self._channel.process.pid
+
+    @property
     def num_open(self) -> int:
         """Client requests in flight."""
         return len(self._streams)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from core_hf_fallback.interface import attention, bind, mask_interface
-from core_hf_fallback.masks import Mask
 from torch import nn
 
 from core.errors import UnsupportedAttention
+from core_hf_fallback.interface import attention, bind, mask_interface
+from core_hf_fallback.masks import Mask
 
 
 class Calls(nn.Module):
@@ -60,14 +60,22 @@ def test_what_it_would_drop_is_refused_by_name(model, arguments, named):
         model.attend(**arguments)
 
 
-@pytest.mark.parametrize("arguments", [{"alibi": None}, {"output_attentions": False}, {"position_ids": torch.arange(5)}])
+@pytest.mark.parametrize(
+    "arguments", [{"alibi": None}, {"output_attentions": False}, {"position_ids": torch.arange(5)}]
+)
 def test_bookkeeping_is_not_refused(model, arguments):
     assert torch.equal(model.attend(**arguments), Calls().attend())
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"mask": Mask(window=2)}, {"mask": Mask(chunk=2)}, {"sliding_window": 2}, {"softcap": 0.5}, {"s_aux": torch.ones(4)}],
+    [
+        {"mask": Mask(window=2)},
+        {"mask": Mask(chunk=2)},
+        {"sliding_window": 2},
+        {"softcap": 0.5},
+        {"s_aux": torch.ones(4)},
+    ],
 )
 def test_what_is_asked_for_changes_the_answer(model, arguments):
     assert not torch.allclose(model.attend(**arguments), Calls().attend())

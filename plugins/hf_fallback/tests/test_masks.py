@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from core_hf_fallback.masks import Mask, read_mask
 from transformers import masking_utils
+
+from core_hf_fallback.masks import Mask, read_mask
 
 
 def test_the_causal_mask():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ class Loaded:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.own_attention = {id(config): config._attn_implementation for config in configs_of(module)}
+        self.counts_tokens = False  # it takes positions from a count of tokens, which padding would falsify
         self.embedding_size = embedding_size(module)
         self.probe = Probe.of(self.plain_logits, self.embedding_size)
 
@@ -74,16 +77,22 @@ def _paged(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refus
         return Refusal(f"{name} rotates by the length of the longest text in the batch")
     try:
         model = PagedModel(loaded.module)
-        wrong = loaded.probe.difference(model, context.make_attention(), context.device)
+        with calls_of(loaded.module, nn.Linear) as called:
+            wrong = loaded.probe.difference(model, context.make_attention(), context.device)
     except NotPaged as reason:
         return Refusal(str(reason))
     except CoreError as error:
         return Refusal(str(error))
     except Exception as error:  # noqa: BLE001 - anybody's code: whatever it raises on a flat batch declines this tier
         return Refusal(f"the flat batch fails in the module: {type(error).__name__}: {error}")
+    if model.binding.counting_layers:
+        loaded.counts_tokens = True
+        return Refusal(
+            f"layer {model.binding.counting_layers[0]} counts the batch's tokens instead of taking positions"
+        )
     if wrong is not None:
         return Refusal(wrong)
-    pack_linears(loaded.module, kinds=(nn.Linear,))
+    pack_linears(loaded.module, kinds=(nn.Linear,), only=called)
     wrong = loaded.probe.difference(model, context.make_attention(), context.device)
     if wrong is not None:
         return Refusal(f"with packed linears, {wrong}")
@@ -91,12 +100,25 @@ def _paged(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refus
     return model
 
 
+@contextmanager
+def calls_of(module: nn.Module, kind: type[nn.Module]) -> Iterator[set[nn.Module]]:
+    """Collect the parts of exactly this kind that are called; some models only look at a linear's weight."""
+    called: set[nn.Module] = set()
+    parts = [part for part in module.modules() if type(part) is kind]
+    handles = [part.register_forward_pre_hook(lambda part, _: called.add(part)) for part in parts]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refusal:
     start = time.monotonic()
     wrong: str | None = None
     try:
         reference = CacheModel(loaded.module, loaded.vocab_size, max_len)
-        for padding in (True, False):
+        for padding in (True, False) if not loaded.counts_tokens else (False,):
             model = RowsModel(loaded.module, loaded.vocab_size, max_len, padding)
             wrong = rows_difference(model, reference, loaded.embedding_size, context.device)
             if wrong is None:

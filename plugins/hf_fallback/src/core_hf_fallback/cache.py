@@ -116,7 +116,7 @@ def rows_of(logits: Tensor, count: int, wanted: list[int]) -> Tensor:
 
 
 def prepare(module: Any, ids: Tensor, max_length: int) -> tuple[Any, dict[str, Any]]:
-    """Let `generate` itself prepare its first step for ids [rows, tokens]; return its config and its model arguments."""
+    """Let `generate` itself prepare its first step for ids [rows, tokens]; return its config and model arguments."""
     prepared: dict[str, Any] = {}
 
     def stop_here(model: Any, input_ids: Tensor, generation_config: Any, **arguments: Any) -> Tensor:

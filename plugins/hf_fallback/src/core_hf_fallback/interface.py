@@ -7,6 +7,7 @@ the Binding that was hung onto every module at load: no global state, so two mod
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from core.batch import Batch
 from core.contracts import AttentionArgs, KVSpec
 from core.errors import UnsupportedAttention
 from core_hf_fallback.masks import Mask, MaskFunction, read_mask
+from core_hf_fallback.taint import CountedTokens
 
 NAME = "core"
 ATTRIBUTE = "core_binding"
@@ -55,6 +57,8 @@ class Binding:
         self.specs: list[KVSpec] = []
         self.masks: list[Mask] = []  # by order of creation in a forward
         self.recording = False
+        self.counted: CountedTokens | None = None  # set for the recording forward
+        self.counting_layers: list[str] = []  # layers whose Q, K or V come from a count of the batch's tokens
         self.batch: Batch | None = None
         self._calls: dict[str, int] = {}
         self._mask_calls = 0
@@ -170,8 +174,12 @@ def attention(
         sinks=s_aux,
     )
     args = _with_mask(name, args, attention_mask, sliding_window)
+    if binding.counted is not None and binding.counted.reaches(query, key, value):
+        binding.counting_layers.append(name)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return binding.attend(module, q, k, v, args).contiguous().unsqueeze(0), None  # some modules view() it
+    with binding.counted.paused() if binding.counted is not None else nullcontext():
+        out = binding.attend(module, q, k, v, args)
+    return out.contiguous().unsqueeze(0), None  # some modules view() it
 
 
 def _refuse_unknown(layer: str, others: dict[str, Any], dropout: float) -> None:

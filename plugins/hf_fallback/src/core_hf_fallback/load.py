@@ -17,25 +17,30 @@ def load_module(checkpoint: Checkpoint, context: BuildContext) -> nn.Module:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    config = _config(checkpoint.spec, context)
-    model_class = _model_class(checkpoint.spec, config, context)
-    # Names in the file may differ from the module's; transformers' own loader knows how to rename and fuse them.
-    arguments: dict[str, Any] = {"config": config, "dtype": context.dtype, "output_loading_info": True}
-    if checkpoint.spec.format == "hf":
-        source: Any = str(checkpoint.spec.path)
-        if checkpoint.spec.auto_map and context.options.trust_remote_code:
-            arguments["trust_remote_code"] = True
-    else:
-        source = None
-        arguments["state_dict"] = dict(checkpoint.tensors())
     try:
-        model, info = model_class.from_pretrained(source, **arguments)
+        model, info = _from_pretrained(checkpoint, context)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"transformers cannot load {checkpoint.spec.path}: {type(error).__name__}: {error}"
         ) from error
     _check(checkpoint.spec, info)
     return model.eval().to(context.device)
+
+
+def _from_pretrained(checkpoint: Checkpoint, context: BuildContext) -> tuple[Any, dict[str, Any]]:
+    """Return the module and transformers' report on its tensors."""
+    config = _config(checkpoint.spec, context)
+    model_class = _model_class(checkpoint.spec, config, context)
+    # Names in the file may differ from the module's; transformers' own loader knows how to rename and fuse them.
+    arguments: dict[str, Any] = {"config": config, "dtype": context.dtype, "output_loading_info": True}
+    arguments["ignore_mismatched_sizes"] = True  # they are refused by _check, which names them
+    if checkpoint.spec.format != "hf":
+        model, info = model_class.from_pretrained(None, state_dict=dict(checkpoint.tensors()), **arguments)
+        return model, info
+    if checkpoint.spec.auto_map and context.options.trust_remote_code:
+        arguments["trust_remote_code"] = True
+    model, info = model_class.from_pretrained(str(checkpoint.spec.path), **arguments)
+    return model, info
 
 
 def _config(spec: ModelSpec, context: BuildContext) -> Any:

@@ -1,4 +1,4 @@
-"""State that a model keeps in its modules instead of its cache, so that requests would mix. Found by watching a forward."""
+"""State that a model keeps in its modules instead of its cache, so that requests would mix. Found by watching."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from core.batch import Batch
 from core.contracts import KVSpec, ModelFeatures
 from core_hf_fallback.interface import NAME, bind, register, use_attention
+from core_hf_fallback.taint import CountedTokens
 
-RECORDED_TOKENS = 6  # of the forward that finds the layers
+RECORDED_TOKENS = 11  # of the forward that finds the layers; a number that no size of a model is likely to have
 
 
 class NotPaged(Exception):
@@ -54,8 +55,11 @@ class PagedModel:
         self.binding.start(None)
         device = next(self.module.parameters()).device
         ids = torch.arange(1, RECORDED_TOKENS + 1, device=device)
-        with torch.inference_mode():
-            return self._logits(ids, torch.arange(RECORDED_TOKENS, device=device), ids[-1:] - 1)
+        positions = torch.arange(RECORDED_TOKENS, device=device)
+        with torch.inference_mode(), CountedTokens(RECORDED_TOKENS) as self.binding.counted:
+            logits = self._logits(ids, positions, ids[-1:] - 1)
+        self.binding.counted = None
+        return logits
 
     def _logits(self, ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
         keep = {"logits_to_keep": rows} if self.keeps_logits else {}

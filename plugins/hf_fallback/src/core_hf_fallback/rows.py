@@ -1,8 +1,8 @@
 """Tier rows: the batch dimension is the request. Prompts run one by one, decoding requests side by side.
 
-What a request carries besides its tokens (K/V, convolution, SSM, linear attention, indexers) is kept as `generate` would
-keep it. The decoding requests' states stand side by side in one batched state, shorter texts padded on the left, as in
-`generate` with a padded batch; whoever joins or leaves is merged into it or cut out of it, all others stay untouched.
+What a request carries (K/V, convolution, SSM, linear attention, indexers) is kept as `generate` would keep it. The
+states of the decoding requests stand side by side in one batched state, shorter texts padded on the left, as in
+`generate` with a padded batch. Whoever joins or leaves is merged into it or cut out of it; all others stay untouched.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class Schema:
     # ------------------------------------------------------------------------------------------ putting together
 
     def merge(self, states: list[Any], widths: list[int]) -> Any:
-        """Put states of `widths` tokens side by side, as one of max(widths) tokens whose shorter rows begin with padding."""
+        """Put states of `widths` tokens side by side, as one of max(widths) tokens; shorter rows begin with padding."""
         width = max(widths)
 
         def leaf(path: Path, values: list[Any]) -> Any:
@@ -159,14 +159,15 @@ def _pad_left(value: Tensor, dim: int, size: int) -> Tensor:
 
 
 def _the_same(path: Path, values: list[Any]) -> Any:
-    first = values[0]
-    same = all(
-        torch.equal(first, value) if isinstance(first, Tensor) and isinstance(value, Tensor) else first is value or first == value
-        for value in values[1:]
-    )  # fmt: skip
-    if not same:
+    if not all(_equal(values[0], value) for value in values[1:]):
         raise CannotBatch(f"{show(path)} differs between requests ({', '.join(map(repr, values))[:80]})")
-    return first
+    return values[0]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    return one is other or bool(type(one) is type(other) and one == other)
 
 
 def _cut(value: Tensor, dims: Dims, width: int, kept: int) -> Tensor:
