@@ -1,8 +1,8 @@
 """Batch: the tensors of one step. All tokens of all its requests lie in one flat row, request after request.
 
-    request      A         B            C
-    tokens    [a5 a6 a7] [b9]  [c0 c1 c2 c3]        query_starts = [0, 3, 4, 8]
-    positions [ 5  6  7] [ 9]  [ 0  1  2  3]        context_lens = [8, 10, 4]
+request      A         B            C
+tokens    [a5 a6 a7] [b9]  [c0 c1 c2 c3]        query_starts = [0, 3, 4, 8]
+positions [ 5  6  7] [ 9]  [ 0  1  2  3]        context_lens = [8, 10, 4]
 """
 
 from __future__ import annotations

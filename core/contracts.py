@@ -94,6 +94,7 @@ class KVSpec:
     k_dim: int
     v_dim: int
     dtype: torch.dtype
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)

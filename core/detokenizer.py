@@ -22,7 +22,7 @@ from core.sampling_params import SamplingParams
 HALF = "\ufffd"  # what a decoder gives for bytes that are no character, or not yet
 CONTEXT = 6  # prompt tokens that the first decode sees, if they are enough
 MOST_CONTEXT = 64
-MOST_PENDING = 16  # tokens; above this they are split, as a character has at most 4 bytes
+MOST_PENDING = 16  # tokens, at the least twice the 4 that a character can have; above this they are split
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,22 +110,16 @@ class _Pieces:
         self._before = self._decode(self._ids[: self._read])
 
     def _split(self) -> str:
-        """Give out the older half of what has been pending for too long: no character is that long.
-
-        Of four neighbouring places one is between two characters, and there the halves decode to the whole.
-        """
-        pending = self._ids[self._read :]
-        whole = self._decode(pending)
-        for size in range(len(pending) - 7, len(pending) - 3):
-            text = self._decode(pending[:size])
-            if text + self._decode(pending[size:]) == whole:
-                break
-        if not text:  # special tokens; the context before them still matters
-            del self._ids[self._read : self._read + size]
+        """Give out the older half of what has been pending for too long: no character is that long."""
+        end = self._read + MOST_PENDING // 2
+        if not self._decode(self._ids[self._read : end]):  # special tokens; the context before them still matters
+            del self._ids[self._read : end]
             return ""
-        fresh = self._fresh(self._decode(self._ids[: self._read + size]))
-        self._commit(self._read + size)
-        return fresh
+        fresh = self._fresh(self._decode(self._ids[:end]))
+        self._commit(end)
+        # the cut may lie within the last character: it is given out with the newer half, when it is whole
+        self._before = self._before[:-1]
+        return fresh[:-1]
 
 
 class _StopSearch:

@@ -37,7 +37,7 @@ NOTHING_LEFT = (
 
 _CHUNK = 2**22  # logits worked on at a time, so that temporary tensors stay small
 _SPAN = 256  # tokens whose probabilities are added up before the draw looks at single ones
-_WIDTHS = (1024, 16384)  # sorted candidates tried before the whole vocabulary is sorted
+_WIDTHS = (64, 1024, 16384)  # sorted candidates tried before the whole vocabulary is sorted
 _COLDEST = 1e-6  # below this temperature only equal logits keep a weight in float32
 _FLOAT32 = torch.finfo(torch.float32)
 _MASK64 = 2**64 - 1
@@ -344,14 +344,17 @@ def _draw(scores: Tensor, best: Tensor, part: list[int], requests: list[Request]
 
 def _weights(scores: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
     """Return unnormalised probabilities [rows, vocab] float32; the best token has 1."""
-    return scores.sub(best.float()).div_(temperature.float()).exp_()
+    return (scores - best.float()).div_(temperature.float()).exp_()
 
 
 def _draw_unsorted(task: _Task) -> Tensor:
     """Draw in the order of ids: first a span of tokens, then a token in it."""
     weights = _weights(task.scores, task.best, task.temperature)
-    weights *= weights >= task.min_p
-    spans = torch.nn.functional.pad(weights, (0, -weights.shape[1] % _SPAN)).view(len(weights), -1, _SPAN)
+    if task.min_p.any():
+        weights *= weights >= task.min_p.float()
+    if padding := -weights.shape[1] % _SPAN:
+        weights = torch.nn.functional.pad(weights, (0, padding))
+    spans = weights.view(len(weights), -1, _SPAN)
     sums = spans.sum(-1, dtype=torch.float64)  # [rows, spans]
     span, rest = _invert(sums, task.number * sums.sum(-1, keepdim=True))
     inner = spans.gather(1, span[:, :, None].expand(-1, -1, _SPAN))[:, 0].double()  # [rows, span]
@@ -435,8 +438,7 @@ def _logprobs_of_part(logits: Tensor, token_ids: Sequence[int], counts: Sequence
     tokens = torch.tensor(token_ids, device=logits.device)[:, None]
     chosen = logits.gather(1, tokens)
     values = (chosen - norms)[:, 0].tolist()
-    better = (logits > chosen) | ((logits == chosen) & (torch.arange(logits.shape[1], device=logits.device) < tokens))
-    ranks = (better.sum(-1) + 1).tolist()
+    ranks = ((logits > chosen).sum(-1) + _equals_before(logits, tokens, chosen) + 1).tolist()
     tables: list[TokenLogprobs] = [
         {token: Logprob(value, rank)} for token, value, rank in zip(token_ids, values, ranks, strict=True)
     ]
@@ -446,6 +448,13 @@ def _logprobs_of_part(logits: Tensor, token_ids: Sequence[int], counts: Sequence
             for rank, (token, value) in enumerate(best[:count], start=1):
                 table.setdefault(token, Logprob(value, rank))
     return tables
+
+
+def _equals_before(logits: Tensor, tokens: Tensor, chosen: Tensor) -> Tensor:
+    """Return how many tokens of a lower id have the chosen one's logit, for each row."""
+    rows, ids = (logits == chosen).nonzero(as_tuple=True)
+    counts = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    return counts.index_add_(0, rows, (ids < tokens[rows, 0]).long())
 
 
 def _best(logits: Tensor, norms: Tensor, count: int) -> list[list[tuple[int, float]]]:

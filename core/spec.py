@@ -1,4 +1,4 @@
-"""ModelSpec: what a checkpoint says of its model, typed. Reads dictionaries only; imports neither torch nor transformers."""
+"""ModelSpec: what a checkpoint says of its model, typed. Knows dictionaries only, neither torch nor transformers."""
 
 from __future__ import annotations
 

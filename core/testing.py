@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from core.outputs import CompletionOutput
 
 VOCAB = 96
+MAX_WEIGHTS = 20_000_000
 TINY: dict[str, Any] = {  # what configs call their sizes -> a size that runs in milliseconds
     "vocab_size": VOCAB,
     "vocab_size_per_layer_input": VOCAB,
@@ -102,6 +103,11 @@ TINY: dict[str, Any] = {  # what configs call their sizes -> a size that runs in
     "ssm_state_size": 4,
     "time_step_rank": 4,
     "mamba_d_state": 4,
+    "mamba_n_heads": 4,
+    "mamba_num_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_head_dim": 16,
+    "mamba_n_groups": 1,
     "mamba_dt_rank": 4,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -111,7 +117,13 @@ TINY: dict[str, Any] = {  # what configs call their sizes -> a size that runs in
     "laurel_rank": 4,
     "num_kv_shared_layers": 0,
 }
-NO_TOKEN = ("pad_token_id", "bos_token_id", "eos_token_id")  # texts run to max_tokens, and ids stay in the vocabulary
+SPECIAL_TOKENS = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": None}  # no token ends a text
+OWN_WAYS: dict[str, dict[str, Any]] = {  # sizes that no table of names can say
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "mamba2": {"num_heads": 8},
+    "modernbert-decoder": {"pad_token_id": 0},
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -129,13 +141,29 @@ def tiny_checkpoint(model_type: str, folder: str | Path, **overrides: Any) -> Pa
 
     transformers.utils.logging.disable_progress_bar()
     folder = Path(folder)
+    config = tiny_config(model_type, **overrides)
+    _check_size(model_type, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides), dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         _randomize(model)
     model.generation_config.eos_token_id = None
     model.save_pretrained(str(folder))
     return folder
+
+
+def _check_size(model_type: str, config: Any) -> None:
+    """Refuse a model that stayed large, before it takes memory: mostly one with towers for images or sound."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    if size > MAX_WEIGHTS:
+        raise ConfigError(
+            f"{model_type!r} has {size:,} weights even when shrunk; at most {MAX_WEIGHTS:,} are tiny. Shrink the rest by "
+            "`overrides`, or take the model type of its text part."
+        )
 
 
 def tiny_config(model_type: str, **overrides: Any) -> Any:
@@ -148,8 +176,11 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
     # The class's own names, not to_dict()'s: some store a size under another name than they take it.
     known = {**config_class().to_dict(), **getattr(config_class, "attribute_map", {})}
     sizes = {name: value for name, value in TINY.items() if known.get(name) is not None}
-    tokens = {name: None for name in NO_TOKEN if name in known}
-    return config_class(**{**sizes, **tokens, **overrides})
+    for name in ("head_dim", "num_key_value_heads"):  # None where they follow from the other sizes, or have to be said
+        if name in known:
+            sizes[name] = TINY[name]
+    tokens = {name: value for name, value in SPECIAL_TOKENS.items() if name in known}
+    return config_class(**{**sizes, **tokens, **OWN_WAYS.get(model_type, {}), **overrides})
 
 
 def _randomize(model: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -114,6 +114,8 @@ def test_the_deltas_of_bytes_that_stay_undecided_for_long_are_the_full_decode(un
 
 @settings(max_examples=500, deadline=None)
 @given(st.lists(st.integers(0, 5), max_size=60))
+@example([0] + [1, 2] * 30)  # no token ends with a character
+@example([5] + [0, 1, 2] * 30)
 def test_the_deltas_of_tokens_that_end_one_character_and_begin_another_are_the_full_decode(ids):
     tokens = [b"\xe4", b"\xbd", b"\xa0\xe4", b"\x9f\x8c", b"\x8d\xf0", b"a"]
     made = Tokenizer(models.BPE(vocab={spelling(token): at for at, token in enumerate(tokens)}, merges=[]))

@@ -307,7 +307,7 @@ def test_top_k_keeps_the_lowest_ids_of_equal_logits():
 
 @pytest.mark.parametrize("top_k", [0, 2000, 18000])
 def test_a_nucleus_wider_than_the_first_candidates_is_sampled_whole(top_k):
-    """The sampler looks at 1,024 candidates, then at 16,384, then at all."""
+    """The sampler looks at 64 candidates, then at 1,024, at 16,384, then at all."""
     vocab = 20000
     row = logits(vocab=vocab, scale=0.01)[0]
     kept = np.flatnonzero(reference(row, top_p=0.95, top_k=top_k))

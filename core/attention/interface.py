@@ -17,8 +17,10 @@ from core.errors import UnsupportedAttention
 NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.uint16}
 
 
-def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return zeros on the CPU that take memory only once they are written: calloc does that, torch.zeros does not."""
+def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
+    """Return zeros; on a CPU they take memory only once they are written (calloc does that, torch.zeros does not)."""
+    if device != "cpu" or dtype not in NUMPY_DTYPES:
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(tuple(shape), NUMPY_DTYPES[dtype])).view(dtype)
 
 
@@ -28,8 +30,8 @@ class PagedCache:
     def __init__(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> None:
         self.specs, self.num_blocks, self.block_size = tuple(specs), num_blocks, block_size
         rows = (num_blocks, block_size)
-        self.keys = [lazy_zeros((*rows, spec.num_kv_heads, spec.k_dim), spec.dtype) for spec in specs]
-        self.values = [lazy_zeros((*rows, spec.num_kv_heads, spec.v_dim), spec.dtype) for spec in specs]
+        self.keys = [lazy_zeros((*rows, spec.num_kv_heads, spec.k_dim), spec.dtype, spec.device) for spec in specs]
+        self.values = [lazy_zeros((*rows, spec.num_kv_heads, spec.v_dim), spec.dtype, spec.device) for spec in specs]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k [tokens, kv_heads, k_dim] and v at `slots` [tokens]."""

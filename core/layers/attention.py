@@ -16,4 +16,5 @@ class Attention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """q [tokens, heads, k_dim], k and v [tokens, kv_heads, dim] -> [tokens, heads, v_dim]."""
+        assert batch.attention is not None  # the host gives a backend to every model with kv_specs
         return batch.attention.attend(q, k, v, self.layer, self.args)

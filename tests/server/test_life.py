@@ -24,9 +24,9 @@ def aborted(server):
 
 def test_a_client_that_leaves_a_stream_aborts_its_request(slow_server):
     server, before = slow_server, aborted(slow_server)
-    with httpx.Client(base_url=server.service.url) as http:
-        with http.stream("POST", TEXT, json={**LONG, "stream": True, "n": 2}) as response:
-            next(response.iter_lines())
+    body = {**LONG, "stream": True, "n": 2}
+    with httpx.stream("POST", server.service.url + TEXT, json=body) as response:
+        next(response.iter_lines())
     server.wait_for(lambda: aborted(server) == before + 2, "both samples were aborted")
     assert server.call(lambda: server.client.num_open) == 0
 

@@ -105,7 +105,7 @@ class Binding:
                 f"Layer {name} attends with {q.shape[0]} queries over {k.shape[0]} keys: it keeps state of its own."
             )
         self.layers[name, occurrence] = len(self.specs)
-        self.specs.append(KVSpec(name, k.shape[1], k.shape[2], v.shape[2], k.dtype))
+        self.specs.append(KVSpec(name, k.shape[1], k.shape[2], v.shape[2], k.dtype, str(k.device)))
         positions = torch.arange(len(q), device=q.device)
         distance = positions[:, None] - positions[None, :]
         mask = visible(positions[:, None], positions[None, :], args)

@@ -21,7 +21,7 @@ Rotation = tuple[Tensor, Tensor]  # cos, sin: [tokens, 1, head_dim]
 class SelfAttention(nn.Module):
     """Merged Q, K, V; optional norms of Q and K by head (Qwen3); rotary; attention; output."""
 
-    def __init__(self, config: LlamaConfig, layer: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: LlamaConfig, layer: int, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         self.config = config
         self.q_size, self.kv_size = config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -29,7 +29,9 @@ class SelfAttention(nn.Module):
         self.output = Linear(self.q_size, config.hidden, config.output_bias, dtype)
         self.q_norm = RMSNorm(config.head_dim, config.eps, dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.eps, dtype) if config.qk_norm else None
-        spec = KVSpec(f"model.layers.{layer}.self_attn", config.kv_heads, config.head_dim, config.head_dim, dtype)
+        spec = KVSpec(
+            f"model.layers.{layer}.self_attn", config.kv_heads, config.head_dim, config.head_dim, dtype, device
+        )
         args = AttentionArgs(scaling=config.head_dim**-0.5, window=config.windows[layer])
         self.attention = Attention(layer, spec, args)
 
@@ -45,10 +47,10 @@ class SelfAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: LlamaConfig, layer: int, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden, config.eps, dtype)
-        self.attention = SelfAttention(config, layer, dtype)
+        self.attention = SelfAttention(config, layer, dtype, device)
         self.mlp_norm = RMSNorm(config.hidden, config.eps, dtype)
         self.mlp = GatedMLP(config.hidden, config.inner, config.mlp_bias, dtype)
 
@@ -67,7 +69,7 @@ class LlamaModel(nn.Module):
         super().__init__()
         self.config, self.dtype, self.vocab_size = config, dtype, config.vocab
         self.embedding = Embedding(config.vocab, config.hidden, dtype)
-        self.layers = nn.ModuleList(Layer(config, layer, dtype) for layer in range(config.layers))
+        self.layers = nn.ModuleList(Layer(config, layer, dtype, str(device)) for layer in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.eps, dtype)
         self.head = Head(config.hidden, 0 if config.tied else config.vocab, False, dtype)
         if config.tied:
