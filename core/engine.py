@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from core.config import EngineConfig
 from core.contracts import Model, RequestRecord, StepStats, Tokenizer
 from core.emit import Sample
+from core.engine_info import EngineInfo
 from core.errors import InvalidParameter, PromptTooLong
 from core.outputs import Delta
 from core.plugins import PluginHost
@@ -21,26 +21,6 @@ from core.scheduler import Schedule, Scheduler
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(frozen=True)
-class EngineInfo:
-    """What serves, for logs, /v1/models and LLM. Crosses the process border."""
-
-    model_name: str
-    model_path: str
-    impl_name: str
-    attention_name: str
-    dtype: str
-    device: str
-    max_model_len: int  # tokens
-    vocab_size: int
-    num_blocks: int
-    block_size: int  # tokens
-    prefix_caching: bool
-    quantization: str | None
-    plugins: tuple[tuple[str, str], ...]  # (name, version)
-    explanation: str  # why this implementation
 
 
 class Engine:

@@ -11,7 +11,8 @@ from core.blocks import BlockPool
 from core.choice import Choice, explain_text
 from core.config import EngineConfig
 from core.contracts import AttentionBackend, Checkpoint, KVSpec, Model, QuantMethod, Refusal
-from core.engine import Engine, EngineInfo
+from core.engine import Engine
+from core.engine_info import EngineInfo
 from core.errors import ConfigError, CoreError
 from core.model_loader import BuildAttempt, BuildContext, build_model
 from core.plugins import PluginHost
@@ -37,7 +38,7 @@ def build_engine(config: EngineConfig, host: PluginHost | None = None) -> Engine
     context = _context(config, spec, attention, quant_method)
     model, attempts = build_model(models.eligible, checkpoint, context)
     return _assemble(
-        config, host, checkpoint, model, context, attention.winner.bid.name, _explanation(models, attempts)
+        config, host, checkpoint, model, context, attention.winner.bid.name, explain_text(models), attempts
     )
 
 
@@ -94,6 +95,7 @@ def _assemble(
     context: BuildContext,
     attention_name: str,
     explanation: str,
+    attempts: Sequence[BuildAttempt],
 ) -> Engine:
     spec = checkpoint.spec
     max_model_len = choose_model_len(config, spec)
@@ -130,6 +132,7 @@ def _assemble(
         prefix_caching=prefix_caching,
         quantization=context.quant_method.name if context.quant_method else None,
         plugins=host.resolved,
+        attempts=tuple((attempt.name, attempt.refusal) for attempt in attempts),
         explanation=explanation,
     )
     logger.info(
@@ -178,9 +181,3 @@ def size_pool(config: EngineConfig, specs: Sequence[KVSpec], max_model_len: int)
             max_model_len,
         )  # fmt: skip
     return min(held, usable)
-
-
-def _explanation(models: Choice[Model], attempts: Sequence[BuildAttempt]) -> str:
-    """The ranked table, and what loading found."""
-    probed = [f"{attempt.name}: {attempt.refusal or 'serves'}" for attempt in attempts]
-    return "\n".join([explain_text(models).rstrip(), *probed])

@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import Any
 
 from core.config import EngineConfig
-from core.engine import EngineInfo
 from core.engine_build import build_engine
+from core.engine_info import EngineInfo
 from core.errors import ConfigError, CoreError, InvalidParameter
 from core.outputs import CompletionOutput, Delta, RequestOutput
 from core.request import ClientRequest

@@ -161,8 +161,8 @@ def _check_size(model_type: str, config: Any) -> None:
         size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
     if size > MAX_WEIGHTS:
         raise ConfigError(
-            f"{model_type!r} has {size:,} weights even when shrunk; at most {MAX_WEIGHTS:,} are tiny. Shrink the rest by "
-            "`overrides`, or take the model type of its text part."
+            f"{model_type!r} has {size:,} weights even when shrunk; tiny is {MAX_WEIGHTS:,} at most. Shrink the rest "
+            "by `overrides`, or take the model type of its text part."
         )
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from core.errors import InvalidParameter
 from core.request import Request
-from core.sampler import Sampler, bad_word_ids, check_token_ids, uniform
+from core.sampler import Sampler, bad_word_ids, check_token_ids
+from core.sampling.draw import uniform
 from core.sampling_params import SamplingParams
 
 VOCAB = 50

@@ -1,4 +1,4 @@
-"""The kit itself: its checkpoints are what they say, its comparison notices a difference, its model needs no weights."""
+"""The kit itself: its checkpoints are what they say, its comparison notices differences, its model needs no weights."""
 
 import json
 
@@ -69,7 +69,7 @@ def test_architectures_with_sizes_of_their_own_are_shrunk_too(model_type, tmp_pa
 
 
 def test_an_architecture_that_stays_large_is_refused_before_it_takes_memory(tmp_path):
-    with pytest.raises(ConfigError, match="'llama4' has .* weights even when shrunk"):
+    with pytest.raises(ConfigError, match=r"'llama4' has .* weights even when shrunk"):
         tiny_checkpoint("llama4", tmp_path)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from core.engine_info import EngineInfo
 from core.errors import RequestError
 from core.outputs import Delta
 from core.request import ClientRequest
@@ -17,7 +18,6 @@ from core.server.client import EngineClient
 from core.server.codec import Codec
 from core.server.collect import Collected, Usage
 from core.server.errors import renamed
-from core.server.info import ServedInfo
 from core.server.logprobs import chat_logprobs, prompt_entries
 from core.server.messages_in import template_messages
 from core.server.openai import ChatRequest, check_common
@@ -51,7 +51,7 @@ def _names(body: ChatRequest) -> dict[str, str]:
     return {"prompt": "messages", "logprobs": "top_logprobs", "max_tokens": limit}
 
 
-async def make_request(body: ChatRequest, codec: Codec, info: ServedInfo) -> ClientRequest:
+async def make_request(body: ChatRequest, codec: Codec, info: EngineInfo) -> ClientRequest:
     """Return what the engine shall run. Raises RequestError."""
     check_common(body)
     params = make_params(
@@ -70,7 +70,7 @@ async def make_request(body: ChatRequest, codec: Codec, info: ServedInfo) -> Cli
 class ChatAnswer:
     """chat.completion, or chat.completion.chunk a step."""
 
-    def __init__(self, body: ChatRequest, request: ClientRequest, codec: Codec, info: ServedInfo) -> None:
+    def __init__(self, body: ChatRequest, request: ClientRequest, codec: Codec, info: EngineInfo) -> None:
         self.request, self.codec = request, codec
         self.top = request.params.logprobs
         self.include_usage = body.include_usage

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import core.errors
 from core.config import EngineConfig
 from core.contracts import Tokenizer
+from core.engine_info import EngineInfo
 from core.errors import CoreError, EngineDead, InvalidParameter
 from core.metrics import Metrics
 from core.outputs import Delta
@@ -20,7 +21,6 @@ from core.request import ClientRequest
 from core.server.channel import EngineChannel
 from core.server.codec import Codec, load_tokenizer
 from core.server.errors import HttpError
-from core.server.info import ServedInfo
 from core.server.messages import (
     Abort,
     Accepted,
@@ -76,7 +76,7 @@ class EngineClient:
         self.host = host or PluginHost.load(disable=config.disable_plugins)
         self.metrics = Metrics()
         self.codec = Codec(None)
-        self.info: ServedInfo | None = None  # known once the model is loaded; kept over a restart
+        self.info: EngineInfo | None = None  # known once the model is loaded; kept over a restart
         self._build, self._load_tokenizer = build, tokenizer
         self._restart = restart or RestartPolicy()
         self._log_level = log_level
@@ -97,7 +97,7 @@ class EngineClient:
         self._tokenizer_task = asyncio.create_task(self._open_tokenizer())
         self._spawn()
 
-    async def wait_ready(self) -> ServedInfo:
+    async def wait_ready(self) -> EngineInfo:
         """Wait for the model. Raises what it or its tokenizer could not be loaded for."""
         await self._tokenizer_task
         await asyncio.shield(self._loaded)
@@ -177,7 +177,7 @@ class EngineClient:
         """Client requests in flight."""
         return len(self._streams)
 
-    def require_ready(self) -> ServedInfo:
+    def require_ready(self) -> EngineInfo:
         """Return what is served. Raises HttpError 503 with the reason when no request can be taken."""
         reason = self.reason
         if reason is not None:

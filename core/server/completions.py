@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from core.engine_info import EngineInfo
 from core.errors import InvalidParameter
 from core.outputs import Delta, TokenLogprobs
 from core.request import ClientRequest
@@ -18,7 +19,6 @@ from core.sampling_params import SamplingParams
 from core.server.client import EngineClient
 from core.server.codec import Codec
 from core.server.collect import Collected, Usage
-from core.server.info import ServedInfo
 from core.server.logprobs import TextLogprobs, join, prompt_entries
 from core.server.openai import CompletionRequest, check_common
 from core.server.params import make_params
@@ -52,7 +52,7 @@ def completion_routes(client: EngineClient) -> APIRouter:
     return router
 
 
-async def make_requests(body: CompletionRequest, codec: Codec, info: ServedInfo) -> tuple[list[ClientRequest], Echo]:
+async def make_requests(body: CompletionRequest, codec: Codec, info: EngineInfo) -> tuple[list[ClientRequest], Echo]:
     """Return one request for each prompt. Raises RequestError."""
     check_common(body)
     if body.best_of not in (None, body.n or 1):
@@ -93,7 +93,7 @@ class CompletionAnswer:
     """text_completion: whole, or a chunk a step. Choice = prompt * n + sample."""
 
     def __init__(
-        self, body: CompletionRequest, requests: Sequence[ClientRequest], echo: Echo, codec: Codec, info: ServedInfo
+        self, body: CompletionRequest, requests: Sequence[ClientRequest], echo: Echo, codec: Codec, info: EngineInfo
     ) -> None:
         self.body, self.echo, self.codec = body, echo, codec
         self.usage = Usage(requests)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from core.contracts import RequestRecord, StepStats
+from core.engine_info import EngineInfo
 from core.errors import CoreError
 from core.outputs import Delta
 from core.request import ClientRequest
-from core.server.info import ServedInfo
 
 # ---------------------------------------------------------------------------------------------- to the engine
 
@@ -47,7 +47,7 @@ Command = Add | Abort | ResetPrefixCache | Shutdown
 class Ready:
     """The model is loaded."""
 
-    info: ServedInfo
+    info: EngineInfo
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from core.engine_info import EngineInfo
 from core.errors import InvalidParameter, RequestError
 from core.outputs import Delta, TokenLogprobs
 from core.request import ClientRequest
@@ -19,7 +20,6 @@ from core.server.client import EngineClient
 from core.server.codec import Codec
 from core.server.collect import Collected, Collector
 from core.server.errors import renamed
-from core.server.info import ServedInfo
 from core.server.logprobs import best, finite
 from core.server.params import make_params
 from core.server.prompts import prompt_ids, split_prompts
@@ -117,7 +117,7 @@ def _names(body: GenerateRequest) -> dict[str, str]:
     return names
 
 
-async def make_requests(body: GenerateRequest, codec: Codec, info: ServedInfo) -> tuple[list[ClientRequest], bool]:
+async def make_requests(body: GenerateRequest, codec: Codec, info: EngineInfo) -> tuple[list[ClientRequest], bool]:
     """Return one request for each prompt, and whether the answer is a list. Raises RequestError."""
     if (body.text is None) == (body.input_ids is None):
         raise InvalidParameter("Send either text or input_ids.", "text")
@@ -147,7 +147,7 @@ def _each(given: Any, count: int) -> list[dict[str, Any]]:
     return many if isinstance(given, list) else many * count
 
 
-def make_native_params(given: dict[str, Any], body: GenerateRequest, info: ServedInfo) -> SamplingParams:
+def make_native_params(given: dict[str, Any], body: GenerateRequest, info: EngineInfo) -> SamplingParams:
     fields = check_params(given)
     if body.logprob_start_len < -1:
         message = f"logprob_start_len must be at least -1, got {body.logprob_start_len}."

@@ -13,14 +13,14 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from core.config import EngineConfig
 from core.contracts import RequestRecord, StepStats
+from core.engine_info import EngineInfo
 from core.errors import CoreError, RequestError
 from core.outputs import Delta
 from core.request import ClientRequest
-from core.server.info import ServedInfo
 from core.server.messages import (
     Abort,
     Accepted,
@@ -37,9 +37,6 @@ from core.server.messages import (
     Stepped,
 )
 
-if TYPE_CHECKING:
-    from core.engine import EngineInfo
-
 logger = logging.getLogger("core_serve.engine")
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -50,7 +47,7 @@ class SteppingEngine(Protocol):
     """What this file needs of core.engine.Engine."""
 
     @property
-    def info(self) -> EngineInfo | ServedInfo: ...
+    def info(self) -> EngineInfo: ...
     @property
     def has_work(self) -> bool: ...
     def add(self, request: ClientRequest) -> Any: ...
@@ -120,7 +117,7 @@ def _load(config: EngineConfig, resolved: Resolved, build: BuildEngine, replies:
         replies.send(LoadFailed("CoreError", f"The engine could not be built: {type(error).__name__}: {error}"))
         return None
     engine.take_stats()  # the engine keeps them from the first call on
-    replies.send(Ready(ServedInfo.of(engine.info)))
+    replies.send(Ready(engine.info))
     return engine
 
 

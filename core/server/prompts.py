@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from core.engine_info import EngineInfo
 from core.errors import InvalidParameter, PromptTooLong
 from core.server.codec import Codec
-from core.server.info import ServedInfo
 from core.server.params import check_ids
 
 MAX_PROMPTS = 2048  # in one body
@@ -42,7 +42,7 @@ def _is_ids(prompt: Any) -> bool:
 
 
 async def prompt_ids(
-    prompts: Sequence[str] | Sequence[list[int]], codec: Codec, info: ServedInfo, add_special_tokens: bool = True
+    prompts: Sequence[str] | Sequence[list[int]], codec: Codec, info: EngineInfo, add_special_tokens: bool = True
 ) -> list[list[int]]:
     """Return the ids of each prompt, checked."""
     texts = [one for one in prompts if isinstance(one, str)]
@@ -56,7 +56,7 @@ async def prompt_ids(
     return found
 
 
-def check_prompt(ids: Sequence[int], info: ServedInfo, param: str = "prompt") -> None:
+def check_prompt(ids: Sequence[int], info: EngineInfo, param: str = "prompt") -> None:
     """Refuse a prompt that can never run. The engine checks again, with max_tokens and its blocks in view."""
     if not ids:
         raise InvalidParameter(f"{param} is empty; it needs at least one token.", param)

@@ -17,11 +17,11 @@ import uvicorn
 
 from core.config import EngineConfig
 from core.contracts import Tokenizer
+from core.engine_info import EngineInfo
 from core.errors import ConfigError, EngineDead
 from core.plugins import PluginHost
 from core.server.app import create_app
 from core.server.client import CLOSING, EngineClient
-from core.server.info import ServedInfo
 from core.server.options import ServerOptions
 from core.server.process import LOG_FORMAT
 
@@ -146,11 +146,14 @@ def listen(host: str, port: int) -> socket.socket:
     return made
 
 
-def announcement(info: ServedInfo, url: str, options: ServerOptions, tokenizer: Tokenizer | None) -> str:
+QUESTION = "What is the capital of France?"
+
+
+def announcement(info: EngineInfo, url: str, options: ServerOptions, tokenizer: Tokenizer | None) -> str:
     """One line for people, and one to paste."""
     path, body = example(tokenizer)
     key = "" if options.api_key is None else " -H 'Authorization: Bearer YOUR_KEY'"
-    text = json.dumps({"model": info.model_name, **body, "max_tokens": 32}).replace("'", "'\\''")
+    text = json.dumps({"model": info.model_name, **body, "max_tokens": 32, "temperature": 0}).replace("'", "'\\''")
     call = f"curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d '{text}'"
     return f"Serving {info.model_name} ({info.impl_name}) at {url}\n{call}"
 
@@ -160,5 +163,5 @@ def example(tokenizer: Tokenizer | None) -> tuple[str, dict[str, Any]]:
     if tokenizer is None:
         return "completions", {"prompt": [1, 2, 3]}
     if tokenizer.has_chat_template:
-        return "chat/completions", {"messages": [{"role": "user", "content": "Hello!"}]}
-    return "completions", {"prompt": "Hello"}
+        return "chat/completions", {"messages": [{"role": "user", "content": QUESTION}]}
+    return "completions", {"prompt": "The capital of France is"}

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails, from_json
 from starlette.requests import Request
 
+from core.engine_info import EngineInfo
 from core.errors import InvalidParameter, ModelNotFound
 from core.server.errors import HttpError
-from core.server.info import ServedInfo
 
 INT32 = 2**31 - 1
 Int = Annotated[int, Field(ge=-INT32, le=INT32)]  # a larger one fits no tensor
@@ -152,7 +152,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def check_model(asked: str | None, info: ServedInfo) -> None:
+def check_model(asked: str | None, info: EngineInfo) -> None:
     """Raise ModelNotFound unless `asked` is what is served, or nothing."""
     if asked is not None and asked != info.model_name:
         message = f"The model {_short(asked)} does not exist here; this server has {info.model_name!r}."

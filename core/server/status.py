@@ -9,10 +9,10 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 import core
+from core.engine_info import EngineInfo
 from core.metrics import CONTENT_TYPE
 from core.server.client import EngineClient
 from core.server.errors import HttpError
-from core.server.info import ServedInfo
 from core.server.schema import check_model
 from core.server.stream import json_response
 
@@ -63,7 +63,7 @@ def not_yet(path: str) -> Any:
     return refuse
 
 
-def describe_model(info: ServedInfo, created: int) -> dict[str, Any]:
+def describe_model(info: EngineInfo, created: int) -> dict[str, Any]:
     """OpenAI's entry, and what serves it."""
     return {
         "id": info.model_name,
@@ -72,6 +72,7 @@ def describe_model(info: ServedInfo, created: int) -> dict[str, Any]:
         "owned_by": "core-serve",
         "root": info.model_path,
         "impl": info.impl_name,
+        "attempts": [{"impl": name, "declined": reason} for name, reason in info.attempts],
         "attention": info.attention_name,
         "dtype": info.dtype,
         "device": info.device,

@@ -1,4 +1,4 @@
-"""The plugin of docs/write-a-model-plugin.md, taken from the page: installed with pip into a new environment, it serves."""
+"""The plugin of docs/write-a-model-plugin.md, taken from the page: installed by pip in a new environment, it serves."""
 
 import json
 import re

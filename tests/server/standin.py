@@ -11,11 +11,11 @@ import time
 
 from core.config import EngineConfig
 from core.contracts import RequestRecord, StepStats
+from core.engine_info import EngineInfo
 from core.errors import ConfigError, InvalidParameter, Overloaded, PromptTooLong
 from core.outputs import Delta, Logprob
 from core.plugins import PluginHost
 from core.server.client import EngineClient, RestartPolicy
-from core.server.info import ServedInfo
 from core.server.options import ServerOptions
 from core.server.run import Service
 
@@ -102,9 +102,9 @@ class StandIn:
         self.pause = config.extra.get("pause", 0.0)  # seconds a step
         self.samples, self.stats = [], []
         self.resets = 0
-        self.info = ServedInfo(
+        self.info = EngineInfo(
             "echo", "/models/echo", "standin", "none", "float32", "cpu", MAX_LEN, VOCAB, 10, 16, True, None,
-            (("builtin", "0"),), "it is a test",
+            (("builtin", "0"),), (("echo", None),), "it is a test",
         )  # fmt: skip
 
     @property

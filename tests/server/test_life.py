@@ -9,7 +9,6 @@ import pytest
 import standin
 
 from core.server.client import RestartPolicy
-from core.server.info import ServedInfo
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 LONG = {"prompt": "abc", "max_tokens": 190}
@@ -121,14 +120,6 @@ def test_an_engine_that_dies_while_loading_ends_the_server(start):
     server.thread.join(60)
     assert type(server.result).__name__ == "EngineDead"
     assert "exit code 7" in str(server.result)
-
-
-def test_the_server_knows_all_that_the_engine_tells_of_itself():
-    from dataclasses import fields
-
-    from core.engine import EngineInfo
-
-    assert [field.name for field in fields(ServedInfo)] == [field.name for field in fields(EngineInfo)]
 
 
 def test_the_server_s_process_needs_no_torch():

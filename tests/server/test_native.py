@@ -94,12 +94,13 @@ def test_version_and_flush_cache_answer(server):
 
 
 def test_metrics_count_tokens_and_ends(server):
-    before = {name: server.metric(name) for name in ("prompt_tokens_total", "generation_tokens_total")}
+    before = {name: server.metric(name) for name in ("prompt_tokens_total", "generation_tokens_total", "steps_total")}
     finished = server.metric('requests_finished_total{reason="length"}')
     server.post("/v1/completions", prompt="abc", max_tokens=5, n=2)
     server.wait_for(lambda: server.metric('requests_finished_total{reason="length"}') == finished + 2, "both ended")
     assert server.metric("prompt_tokens_total") == before["prompt_tokens_total"] + 3
     assert server.metric("generation_tokens_total") == before["generation_tokens_total"] + 10
+    assert server.metric("steps_total") == before["steps_total"] + 5  # and none while idle
     assert server.metric("requests_running") == 0
     assert server.metric("blocks_total") == 10
     assert server.metric("engine_ready") == 1

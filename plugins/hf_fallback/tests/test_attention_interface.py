@@ -84,10 +84,9 @@ def test_what_is_asked_for_changes_the_answer(model, arguments):
 def test_a_layer_that_attends_more_often_than_at_load_is_refused(model):
     model.attend()
     model.binding.recording = False
-    model.attend_again = lambda: model.attend()
     model.binding._calls.clear()
     model.binding.batch = None
-    with pytest.raises(UnsupportedAttention, match="Layer layer attends for the 1. time"):
+    with pytest.raises(UnsupportedAttention, match=r"Layer layer attends for the 1\. time"):
         model.attend()
 
 

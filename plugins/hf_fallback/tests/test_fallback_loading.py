@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from core_hf_fallback.bids import bids_for
 
 from core import LLM
 from core.config import EngineConfig
@@ -12,6 +11,7 @@ from core.contracts import Refusal
 from core.errors import CheckpointError
 from core.spec import ModelSpec
 from core.testing import tiny_checkpoint
+from core_hf_fallback.bids import bids_for
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_a_left_over_tensor_is_named(saved, tmp_path):
     def add(tensors):
         tensors["transformer.h.9.extra"] = tensors[BIAS].clone()
 
-    with pytest.raises(CheckpointError, match="unexpected keys: .*h.9.extra"):
+    with pytest.raises(CheckpointError, match=r"unexpected keys: .*h\.9\.extra"):
         load_with(saved, tmp_path, add)
 
 

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from core_native_llama.bid import bid_for
 
 from core import LLM
 from core.contracts import Bid, Refusal
 from core.errors import CheckpointError, NoImplementation
 from core.spec import ModelSpec
 from core.testing import tiny_checkpoint
+from core_native_llama.bid import bid_for
 
 LLAMA = {
     "model_type": "llama",

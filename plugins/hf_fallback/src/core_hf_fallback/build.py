@@ -62,19 +62,19 @@ def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Mode
     if loaded is None:
         loaded = context.shared[SHARED] = Loaded(load_module(checkpoint, context))
     max_len = context.options.max_model_len or checkpoint.spec.max_context or DEFAULT_MAX_LEN
+    rope = rope_depends_on_length(loaded.module, max_len)
+    if tier != "cache" and rope is not None:
+        return Refusal(f"{rope} rotates by the length of the longest text in the batch")
     if tier == "paged":
-        return _paged(loaded, context, max_len)
+        return _paged(loaded, context)
     loaded.restore_attention()
     if tier == "rows":
         return _rows(loaded, context, max_len)
     return CacheModel(loaded.module, loaded.vocab_size, max_len)
 
 
-def _paged(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refusal:
+def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
     start = time.monotonic()
-    name = rope_depends_on_length(loaded.module, max_len)
-    if name is not None:
-        return Refusal(f"{name} rotates by the length of the longest text in the batch")
     try:
         model = PagedModel(loaded.module)
         with calls_of(loaded.module, nn.Linear) as called:

@@ -24,9 +24,22 @@ class ModuleState:
             forward()
         after = self._all()
         changed = [place for place in after if _differs(before.get(place), after[place])]
-        self.places = changed
-        self.fresh = {_key(place): before.get(place) for place in changed}
+        ropes = self._growing_ropes()
+        self.places = [*(place for place in changed if place not in ropes), *ropes]
+        self.fresh = {_key(place): before.get(place) for place in changed} | {
+            _key((name, attribute)): getattr(self.modules[name], attribute) for name, attribute in ropes
+        }
         self.reset()
+
+    def _growing_ropes(self) -> list[tuple[str, str]]:
+        """A dynamic rope keeps the frequencies of the longest text so far; a few tokens do not show that."""
+        found = []
+        for name, module in self.modules.items():
+            kinds = getattr(module, "rope_type", None)
+            if "dynamic" in (kinds.values() if isinstance(kinds, dict) else [kinds]):
+                attributes = [*vars(module), *module._buffers]
+                found += [(name, one) for one in attributes if one.endswith(("inv_freq", "max_seq_len_cached"))]
+        return found
 
     def _all(self) -> dict[tuple[str, str], Any]:
         found = {}
