@@ -16,7 +16,7 @@ from core.errors import CoreError
 from core.layers import pack_linears
 from core.model_loader import BuildContext
 from core_hf_fallback.cache import CacheModel
-from core_hf_fallback.interface import configs_of
+from core_hf_fallback.interface import bind, configs_of
 from core_hf_fallback.load import load_module
 from core_hf_fallback.paged import NotPaged, PagedModel, logits_of, rope_depends_on_length
 from core_hf_fallback.probe import Probe, rows_difference
@@ -75,8 +75,9 @@ def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Mode
 
 def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
     start = time.monotonic()
+    binding = bind(loaded.module)
     try:
-        model = PagedModel(loaded.module)
+        model = PagedModel(loaded.module, binding)
         with calls_of(loaded.module, nn.Linear) as called:
             wrong = loaded.probe.difference(model, context.make_attention(), context.device)
     except NotPaged as reason:
@@ -85,11 +86,8 @@ def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
         return Refusal(str(error))
     except Exception as error:  # noqa: BLE001 - anybody's code: whatever it raises on a flat batch declines this tier
         return Refusal(f"the flat batch fails in the module: {type(error).__name__}: {error}")
-    if model.binding.counting_layers:
-        loaded.counts_tokens = True
-        return Refusal(
-            f"layer {model.binding.counting_layers[0]} counts the batch's tokens instead of taking positions"
-        )
+    finally:
+        loaded.counts_tokens = bool(binding.counting_layers)
     if wrong is not None:
         return Refusal(wrong)
     pack_linears(loaded.module, kinds=(nn.Linear,), only=called)

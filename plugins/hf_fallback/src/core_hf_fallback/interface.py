@@ -6,8 +6,8 @@ the Binding that was hung onto every module at load: no global state, so two mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -58,6 +58,7 @@ class Binding:
         self.masks: list[Mask] = []  # by order of creation in a forward
         self.recording = False
         self.counted: CountedTokens | None = None  # set for the recording forward
+        self.problems: list[str] = []  # what the recording forward met; serving raises instead
         self.counting_layers: list[str] = []  # layers whose Q, K or V come from a count of the batch's tokens
         self.batch: Batch | None = None
         self._calls: dict[str, int] = {}
@@ -72,6 +73,16 @@ class Binding:
             self.layers.clear()
             self.specs.clear()
             self.masks.clear()
+
+    @contextmanager
+    def noting_problems(self) -> Iterator[None]:
+        """While recording, go on after a refusal, so that one forward finds all there is to know of a model."""
+        try:
+            yield
+        except UnsupportedAttention as error:
+            if not self.recording:
+                raise
+            self.problems.append(str(error))
 
     def name_of(self, module: nn.Module) -> str:
         return self.names.get(id(module), type(module).__name__)
@@ -101,9 +112,10 @@ class Binding:
 
     def _record(self, name: str, occurrence: int, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> Tensor:
         if q.shape[0] != k.shape[0]:
-            raise UnsupportedAttention(
+            self.problems.append(
                 f"Layer {name} attends with {q.shape[0]} queries over {k.shape[0]} keys: it keeps state of its own."
             )
+            k, v = k[-q.shape[0] :], v[-q.shape[0] :]  # any answer will do to see the layers after it
         self.layers[name, occurrence] = len(self.specs)
         self.specs.append(KVSpec(name, k.shape[1], k.shape[2], v.shape[2], k.dtype, str(k.device)))
         positions = torch.arange(len(q), device=q.device)
@@ -161,11 +173,11 @@ def attention(
     """
     binding: Binding = getattr(module, ATTRIBUTE)
     name = binding.name_of(module)
-    _refuse_unknown(name, others, dropout)
-    if query.shape[0] != 1:
-        raise UnsupportedAttention(
-            f"Layer {name} attends with a batch of {query.shape[0]}, not with the flat row given to it."
-        )
+    if binding.counted is not None and binding.counted.reaches(query, key, value):
+        binding.counting_layers.append(name)
+    with binding.noting_problems():
+        _refuse_unknown(name, others, dropout)
+        _refuse_batch(name, query)
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     args = AttentionArgs(
         scaling=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
@@ -173,13 +185,19 @@ def attention(
         softcap=softcap,
         sinks=s_aux,
     )
-    args = _with_mask(name, args, attention_mask, sliding_window)
-    if binding.counted is not None and binding.counted.reaches(query, key, value):
-        binding.counting_layers.append(name)
+    with binding.noting_problems():
+        args = _with_mask(name, args, attention_mask, sliding_window)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     with binding.counted.paused() if binding.counted is not None else nullcontext():
         out = binding.attend(module, q, k, v, args)
     return out.contiguous().unsqueeze(0), None  # some modules view() it
+
+
+def _refuse_batch(layer: str, query: Tensor) -> None:
+    if query.shape[0] != 1:
+        raise UnsupportedAttention(
+            f"Layer {layer} attends with a batch of {query.shape[0]}, not with the flat row given to it."
+        )
 
 
 def _refuse_unknown(layer: str, others: dict[str, Any], dropout: float) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from core.batch import Batch
 from core.contracts import KVSpec, ModelFeatures
-from core_hf_fallback.interface import NAME, bind, register, use_attention
+from core_hf_fallback.interface import NAME, Binding, register, use_attention
 from core_hf_fallback.taint import CountedTokens
 
 RECORDED_TOKENS = 11  # of the forward that finds the layers; a number that no size of a model is likely to have
@@ -27,15 +27,20 @@ class PagedModel:
     impl_name = "transformers/paged"
     features = ModelFeatures()
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, binding: Binding) -> None:
         """Find the layers by one recording forward. Raises NotPaged with the reason."""
         register()
         self.module = module
-        self.binding = bind(module)
+        self.binding = binding
         use_attention(module, NAME)
         self.keeps_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
         logits = self._record()
         self.vocab_size = logits.shape[-1]
+        if self.binding.problems:
+            raise NotPaged(self.binding.problems[0])
+        if self.binding.counting_layers:
+            layer = self.binding.counting_layers[0]
+            raise NotPaged(f"layer {layer} counts the tokens of the batch instead of taking positions")
         if not self.binding.specs:
             raise NotPaged("no layer calls transformers' attention interface")
 
