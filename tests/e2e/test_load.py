@@ -9,7 +9,7 @@ import openai
 import psutil
 
 REQUESTS, SEED = 200, 7
-WORDS = "the quick brown fox jumps over a lazy dog hello how are you I am fine thank".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "hello", "how", "are", "you", "fine"]
 
 
 def test_two_hundred_streams_of_which_a_third_disconnect(served, reference):
