@@ -13,7 +13,7 @@ serve: $(READY)
 	$(BIN)/core-serve $(ARGS)
 
 test: $(READY)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-1000} $(BIN)/python -m pytest -q $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check $(SOURCES)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from core.errors import CoreError
 from core.hookspecs import hookimpl
 from core.sampling_params import SamplingParams
+from core.threads import spin_briefly
 
 if TYPE_CHECKING:
     from core.llm import LLM
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 API_VERSION = (1, 0)  # (major, minor): plugins state the range they were written for
 __version__ = "0.1.0"
 __all__ = ["API_VERSION", "LLM", "CoreError", "SamplingParams", "hookimpl"]
+
+spin_briefly()
 
 
 def __getattr__(name: str) -> Any:
