@@ -100,7 +100,7 @@ def test_the_announcement_names_model_and_implementation_and_its_curl_line_works
     process = launch()
     assert process.announcement == f"Serving echo (standin) at {process.url}\n"
     done = subprocess.run(["sh", "-c", process.curl.replace("curl", "curl -sf", 1)], capture_output=True, text=True)
-    assert '"content":"user:Hello!|' in done.stdout
+    assert '"content":"user:What is the capital' in done.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
