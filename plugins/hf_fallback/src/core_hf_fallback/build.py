@@ -22,6 +22,7 @@ from core_hf_fallback.paged import NotPaged, PagedModel, logits_of, rope_depends
 from core_hf_fallback.probe import Probe, rows_difference
 from core_hf_fallback.rows import RowsModel
 from core_hf_fallback.state import CannotBatch
+from core_hf_fallback.versions import warn_if_untested
 
 logger = logging.getLogger("core_serve.transformers")
 SHARED = "core_hf_fallback.module"
@@ -60,6 +61,7 @@ def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Mode
         return Refusal(f"quantization method {context.quant_method.name!r} is not wired into this implementation yet")
     loaded = context.shared.get(SHARED)
     if loaded is None:
+        warn_if_untested()
         loaded = context.shared[SHARED] = Loaded(load_module(checkpoint, context))
     max_len = context.options.max_model_len or checkpoint.spec.max_context or DEFAULT_MAX_LEN
     rope = rope_depends_on_length(loaded.module, max_len)
