@@ -19,11 +19,13 @@ from core.commands.generate import generate
 from core.commands.options import engine_options
 from core.commands.plugins import plugins
 from core.commands.serve import serve, server_options
+from core.commands.supported_models import supported_models
+from core.commands.verify import verify
 from core.errors import CoreError
 from core.plugins import PluginHost
 
 PROG = "core-serve"
-COMMANDS: tuple[click.Command, ...] = (plugins, explain, generate, chat)
+COMMANDS: tuple[click.Command, ...] = (plugins, explain, generate, chat, supported_models, verify)
 
 
 def main() -> None:

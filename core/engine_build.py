@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -28,6 +29,32 @@ DEFAULT_MODEL_LEN = 2048  # tokens, where a config states none
 def build_engine(config: EngineConfig, host: PluginHost | None = None) -> Engine:
     """Build an engine. Raises CoreError where the model cannot be served as asked."""
     host = host or PluginHost.load(disable=config.disable_plugins)
+    plan = make_plan(config, host)
+    model, attempts = build_model(plan.models.eligible, plan.checkpoint, plan.context)
+    return _assemble(
+        config,
+        host,
+        plan.checkpoint,
+        model,
+        plan.context,
+        plan.attention.winner.bid.name,
+        explain_text(plan.models),
+        attempts,
+    )
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """Everything that is known before a model is built."""
+
+    checkpoint: Checkpoint
+    attention: Choice[AttentionBackend]
+    models: Choice[Model]
+    context: BuildContext
+
+
+def make_plan(config: EngineConfig, host: PluginHost) -> BuildPlan:
+    """Open the checkpoint and ask the plugins; loads no weights."""
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     checkpoint = host.open_checkpoint(config.model or demo_path(), config)
@@ -35,11 +62,7 @@ def build_engine(config: EngineConfig, host: PluginHost | None = None) -> Engine
     attention = host.choose_attention(spec, config)
     models = host.choose_model(spec, config)
     quant_method = host.quant_method(spec, config)
-    context = _context(config, spec, attention, quant_method)
-    model, attempts = build_model(models.eligible, checkpoint, context)
-    return _assemble(
-        config, host, checkpoint, model, context, attention.winner.bid.name, explain_text(models), attempts
-    )
+    return BuildPlan(checkpoint, attention, models, _context(config, spec, attention, quant_method))
 
 
 def demo_path() -> str:

@@ -19,6 +19,7 @@ from core.contracts import Bid, Checkpoint, KVSpec, ModelFeatures
 from core.errors import ConfigError
 from core.hookspecs import hookimpl
 from core.spec import ModelSpec
+from core.testing_configs import VOCAB, model_class_of, tiny_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,101 +30,8 @@ if TYPE_CHECKING:
     from core.model_loader import BuildContext
     from core.outputs import CompletionOutput
 
-VOCAB = 96
+
 MAX_WEIGHTS = 20_000_000
-TINY: dict[str, Any] = {  # what configs call their sizes -> a size that runs in milliseconds
-    "vocab_size": VOCAB,
-    "vocab_size_per_layer_input": VOCAB,
-    "max_position_embeddings": 256,
-    "n_positions": 256,
-    "n_ctx": 256,
-    "max_seq_len": 256,
-    "seq_length": 256,
-    "context_length": 256,
-    "hidden_size": 32,
-    "n_embd": 32,
-    "d_model": 32,
-    "word_embed_proj_dim": 32,
-    "embedding_size": 32,
-    "attention_hidden_size": 32,
-    "lru_width": 32,
-    "dim_model_base": 32,
-    "intermediate_size": 48,
-    "intermediate_size_mlp": 48,
-    "ffn_hidden_size": 48,
-    "ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "n_inner": 48,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 24,
-    "shared_intermediate_size": 24,
-    "expert_ffn_hidden_size": 24,
-    "num_hidden_layers": 4,
-    "num_layers": 4,
-    "n_layer": 4,
-    "n_layers": 4,
-    "decoder_layers": 2,
-    "num_attention_heads": 4,
-    "n_head": 4,
-    "n_heads": 4,
-    "num_heads": 4,
-    "attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_kv_heads": 2,
-    "head_dim": 8,
-    "kv_channels": 8,
-    "attention_head_dim": 16,
-    "rotary_dim": 4,
-    "sliding_window": 8,
-    "attention_window_size": 8,
-    "attention_chunk_size": 8,
-    "window_size": 8,
-    "local_attention": 8,
-    "query_pre_attn_scalar": 8,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "moe_num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_topk": 2,
-    "moe_k": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "index_n_heads": 2,
-    "index_head_dim": 16,
-    "index_topk": 8,
-    "state_size": 4,
-    "ssm_state_size": 4,
-    "time_step_rank": 4,
-    "mamba_d_state": 4,
-    "mamba_n_heads": 4,
-    "mamba_num_heads": 4,
-    "mamba_d_head": 16,
-    "mamba_head_dim": 16,
-    "mamba_n_groups": 1,
-    "mamba_dt_rank": 4,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "hidden_size_per_layer_input": 8,
-    "laurel_rank": 4,
-    "num_kv_shared_layers": 0,
-}
-SPECIAL_TOKENS = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": None}  # no token ends a text
-OWN_WAYS: dict[str, dict[str, Any]] = {  # sizes that no table of names can say
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "mamba2": {"num_heads": 8},
-    "modernbert-decoder": {"pad_token_id": 0},
-    "zaya": {"num_experts_per_tok": 1},
-}
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -132,8 +40,8 @@ OWN_WAYS: dict[str, dict[str, Any]] = {  # sizes that no table of names can say
 def tiny_checkpoint(model_type: str, folder: str | Path, **overrides: Any) -> Path:
     """Save a small random model of one of transformers' causal architectures, as a Hugging Face folder.
 
-    Its default config is shrunk by the table TINY; `overrides` are entries of config.json that win over it, for
-    architectures whose sizes the table does not know. No tokenizer; no token ends a text. Every weight is random,
+    `core.testing_configs` shrinks its default config; `overrides` are entries of config.json that win over that, for
+    architectures whose sizes it does not know. No tokenizer; no token ends a text. Every weight is random,
     biases, norms and sinks too, so that none can be dropped unnoticed. The same arguments give the same weights.
     """
     import torch
@@ -142,45 +50,28 @@ def tiny_checkpoint(model_type: str, folder: str | Path, **overrides: Any) -> Pa
     transformers.utils.logging.disable_progress_bar()
     folder = Path(folder)
     config = tiny_config(model_type, **overrides)
-    _check_size(model_type, config)
+    model_class = model_class_of(model_type)
+    _check_size(model_type, model_class, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = model_class._from_config(config, dtype=torch.float32)
         _randomize(model)
     model.generation_config.eos_token_id = None
     model.save_pretrained(str(folder))
     return folder
 
 
-def _check_size(model_type: str, config: Any) -> None:
+def _check_size(model_type: str, model_class: Any, config: Any) -> None:
     """Refuse a model that stayed large, before it takes memory: mostly one with towers for images or sound."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(weight.numel() for weight in model_class._from_config(config).parameters())
     if size > MAX_WEIGHTS:
         raise ConfigError(
             f"{model_type!r} has {size:,} weights even when shrunk; tiny is {MAX_WEIGHTS:,} at most. Shrink the rest "
             "by `overrides`, or take the model type of its text part."
         )
-
-
-def tiny_config(model_type: str, **overrides: Any) -> Any:
-    """Return transformers' config of a model type, shrunk by TINY, then changed by `overrides`."""
-    from transformers import CONFIG_MAPPING
-
-    if model_type not in CONFIG_MAPPING:
-        raise ConfigError(f"transformers knows no model type {model_type!r}; give one, or the folder of a checkpoint.")
-    config_class = CONFIG_MAPPING[model_type]
-    # The class's own names, not to_dict()'s: some store a size under another name than they take it.
-    known = {**config_class().to_dict(), **getattr(config_class, "attribute_map", {})}
-    sizes = {name: value for name, value in TINY.items() if known.get(name) is not None}
-    for name in ("head_dim", "num_key_value_heads"):  # None where they follow from the other sizes, or have to be said
-        if name in known:
-            sizes[name] = TINY[name]
-    tokens = {name: value for name, value in SPECIAL_TOKENS.items() if name in known}
-    return config_class(**{**sizes, **tokens, **OWN_WAYS.get(model_type, {}), **overrides})
 
 
 def _randomize(model: Any) -> None:
@@ -231,12 +122,32 @@ def assert_matches_transformers(
         folder = Path(model) if Path(model).is_dir() else tiny_checkpoint(str(model), scratch, **(overrides or {}))
         asked = [list(prompt) for prompt in prompts or default_prompts()]
         wanted = transformers_answers(folder, asked, max_tokens, trust_remote_code)
-        tight: dict[str, Any] = {"block_size": 4, "max_num_batched_tokens": 7, "dtype": "float32", "device": "cpu"}
-        tight |= {"skip_tokenizer_init": True, "trust_remote_code": trust_remote_code, "model_impl": model_impl}
+        tight = tight_options(model_impl) | {"trust_remote_code": trust_remote_code}
         with LLM(model=str(folder), **{**tight, **options}) as llm:
-            for cache in ("a cold prefix cache", "a warm prefix cache"):
-                _compare(llm, asked, wanted, tolerance, cache)
+            assert_serves(llm, asked, wanted, tolerance)
             return llm.model_impl_name
+
+
+def tight_options(model_impl: str) -> dict[str, Any]:
+    """Return LLM's options for a comparison: blocks and steps so small that short prompts go through several."""
+    tight: dict[str, Any] = {"block_size": 4, "max_num_batched_tokens": 7, "dtype": "float32", "device": "cpu"}
+    return tight | {"skip_tokenizer_init": True, "model_impl": model_impl}
+
+
+def assert_serves(llm: LLM, prompts: list[list[int]], wanted: Sequence[Answer], tolerance: float) -> None:
+    """Compare with what `llm` answers to all prompts together, first with a cold prefix cache, then with its own."""
+    for cache in ("a cold prefix cache", "a warm prefix cache"):
+        _compare(llm, prompts, wanted, tolerance, cache)
+
+
+def assert_same_answers(found: Sequence[Answer], wanted: Sequence[Answer], tolerance: float) -> None:
+    """Compare two lists of transformers' answers, as answers of an engine are compared."""
+    from core.outputs import CompletionOutput, Logprob
+
+    for at, (one, other) in enumerate(zip(found, wanted, strict=True)):
+        steps = [{token: Logprob(value) for token, value in enumerate(row.tolist())} for row in one.logprobs]
+        output = CompletionOutput(0, "", one.token_ids, steps, "length")
+        _compare_one(output, other, tolerance, f"prompt {at}")
 
 
 def default_prompts(vocab_size: int = VOCAB) -> list[list[int]]:
@@ -249,13 +160,23 @@ def default_prompts(vocab_size: int = VOCAB) -> list[list[int]]:
 
 
 def transformers_answers(
-    folder: str | Path, prompts: Sequence[Sequence[int]], max_tokens: int, trust_remote_code: bool = False
+    folder: str | Path,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    trust_remote_code: bool = False,
+    use_cache: bool = True,
 ) -> list[Answer]:
     """Return what transformers' own `generate` answers to each prompt alone: greedy, float32, on the CPU."""
     import torch
 
     module = _reference(folder, trust_remote_code)
-    limits = {"max_new_tokens": max_tokens, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
+    limits = {
+        "max_new_tokens": max_tokens,
+        "use_cache": use_cache,
+        "do_sample": False,
+        "num_beams": 1,
+        "pad_token_id": 0,
+    }
     answers = []
     for prompt in prompts:
         ids = torch.tensor([list(prompt)])
@@ -275,11 +196,14 @@ def _reference(folder: str | Path, trust_remote_code: bool) -> Any:
 
     transformers.utils.logging.disable_progress_bar()
     remote: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    return load(str(folder), dtype=torch.float32, **remote).eval()
+    config = transformers.AutoConfig.from_pretrained(str(folder), **remote)
+    # Auto does not know the text parts of some composite models; the checkpoint names their class.
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    load = transformers.AutoModelForCausalLM if named is None or trust_remote_code else named
+    return load.from_pretrained(str(folder), dtype=torch.float32, **remote).eval()
 
 
-def _compare(llm: LLM, prompts: list[list[int]], wanted: list[Answer], tolerance: float, cache: str) -> None:
+def _compare(llm: LLM, prompts: list[list[int]], wanted: Sequence[Answer], tolerance: float, cache: str) -> None:
     from core.sampling_params import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=max(len(answer.token_ids) for answer in wanted), logprobs=0)

@@ -20,7 +20,7 @@ LAYERS = [
     {"blocks", "model_loader", "attention", "layers", "kernels", "weights", "demo"},
     {"scheduler", "plugin_loading", "plugin_checks", "plugin_report", "choice", "quant_claims", "builtin", "plugins"},
     {"runner", "sampler", "sampling", "tokenizer", "detokenizer"},
-    {"engine_build", "engine", "llm", "testing", "metrics", "probe"},
+    {"engine_build", "engine", "llm", "testing", "testing_configs", "metrics", "probe"},
     {
         "verify",
         "verify_compare",
@@ -31,6 +31,7 @@ LAYERS = [
         "verify_served",
         "verify_texts",
     },
+    {"supported_check", "supported_models"},
     {"server"},
     {"cli", "commands"},
 ]

@@ -69,8 +69,19 @@ def test_architectures_with_sizes_of_their_own_are_shrunk_too(model_type, tmp_pa
 
 
 def test_an_architecture_that_stays_large_is_refused_before_it_takes_memory(tmp_path):
-    with pytest.raises(ConfigError, match=r"'llama4' has .* weights even when shrunk"):
-        tiny_checkpoint("llama4", tmp_path)
+    with pytest.raises(ConfigError, match=r"'llama' has .* weights even when shrunk"):
+        tiny_checkpoint("llama", tmp_path, vocab_size=1_000_000)
+
+
+def test_of_a_composite_model_the_text_part_is_taken_where_its_class_takes_only_that(tmp_path):
+    config = json.loads((tiny_checkpoint("llama4", tmp_path) / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("llama4_text", ["Llama4ForCausalLM"])
+
+
+def test_the_few_layers_that_are_left_are_of_every_kind_that_the_model_has():
+    from core.testing_configs import tiny_config
+
+    assert set(tiny_config("gemma3_text").layer_types) == {"full_attention", "sliding_attention"}
 
 
 def test_an_unknown_model_type_is_an_error_that_names_it(tmp_path):

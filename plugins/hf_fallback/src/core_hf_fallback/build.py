@@ -19,7 +19,7 @@ from core_hf_fallback.cache import CacheModel
 from core_hf_fallback.interface import bind, configs_of
 from core_hf_fallback.load import load_module
 from core_hf_fallback.paged import NotPaged, PagedModel, logits_of, rope_depends_on_length
-from core_hf_fallback.probe import Probe, rows_difference
+from core_hf_fallback.probe import Probe, rows_difference, run_rows
 from core_hf_fallback.rows import RowsModel
 from core_hf_fallback.state import CannotBatch
 from core_hf_fallback.versions import warn_if_untested
@@ -115,22 +115,33 @@ def calls_of(module: nn.Module, kind: type[nn.Module]) -> Iterator[set[nn.Module
 
 def _rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refusal:
     start = time.monotonic()
-    wrong: str | None = None
     try:
-        reference = CacheModel(loaded.module, loaded.vocab_size, max_len)
-        for padding in (True, False) if not loaded.counts_tokens else (False,):
-            model = RowsModel(loaded.module, loaded.vocab_size, max_len, padding)
-            wrong = rows_difference(model, reference, loaded.embedding_size, context.device)
-            if wrong is None:
-                break
+        built = _probed_rows(loaded, context, max_len)
     except CannotBatch as reason:
         return Refusal(str(reason))
     except Exception as error:  # noqa: BLE001 - anybody's code: whatever it raises on a batch declines this tier
         return Refusal(f"the module fails on several requests at once: {type(error).__name__}: {error}")
+    if not isinstance(built, Refusal):
+        logger.info("probed %s in %.2f s: right", built.impl_name, time.monotonic() - start)
+    return built
+
+
+def _probed_rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refusal:
+    """Try with padding, then without; then with packed linears, against the answers of the plain ones."""
+    size, device = loaded.embedding_size, context.device
+    with calls_of(loaded.module, nn.Linear) as called:
+        wanted = run_rows(CacheModel(loaded.module, loaded.vocab_size, max_len), size, device)
+    wrong: str | None = None
+    for padding in (True, False) if not loaded.counts_tokens else (False,):
+        model = RowsModel(loaded.module, loaded.vocab_size, max_len, padding)
+        wrong = rows_difference(run_rows(model, size, device), wanted)
+        if wrong is None:
+            break
     if wrong is not None:
         return Refusal(wrong)
-    logger.info("probed transformers/rows in %.2f s: right", time.monotonic() - start)
-    return model
+    pack_linears(loaded.module, kinds=(nn.Linear,), only=called)
+    wrong = rows_difference(run_rows(model, size, device), wanted)
+    return model if wrong is None else Refusal(f"with packed linears, {wrong}")
 
 
 def embedding_size(module: nn.Module) -> int:

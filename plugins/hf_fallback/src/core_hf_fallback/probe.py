@@ -82,21 +82,27 @@ class Probe:
         return made
 
 
-def rows_difference(rows: Model, reference: Model, vocab_size: int, device: torch.device) -> str | None:
-    """Run both tiers over the same steps; return what is wrong with the first, None if it is right."""
+def run_rows(model: Model, vocab_size: int, device: torch.device) -> list[Tensor]:
+    """Run ROW_STEPS through a model that keeps its own state; return the logits [requests, vocab] of each step."""
     tokens = {name: _tokens(name, count, vocab_size) for name, count in ROW_LENGTHS.items()}
     requests: dict[str, Request] = {}
-    runners = [Runner(model, None, BLOCK, device) for model in (rows, reference)]
+    runner = Runner(model, None, BLOCK, device)
+    found = []
     for number, names in enumerate(ROW_STEPS, 1):
         entries = [_next_tokens(name, requests, tokens[name]) for name in names]
-        found, wanted = (runner.run(entries, set()).sampled_rows.float().cpu() for runner in runners)
-        for index, name in enumerate(names):
-            worst = _distance(found[index], wanted[index])
-            if not worst < tolerance(found.dtype):
-                return f"side by side, logits differ by {worst:.2g} of their spread (step {number}, request {name})"
+        found.append(runner.run(entries, set()).sampled_rows.cpu())
         for name in set(names) - set("".join(ROW_STEPS[number:])):
-            rows.release(requests[name].id)
-            reference.release(requests[name].id)
+            model.release(requests[name].id)
+    return found
+
+
+def rows_difference(found: list[Tensor], wanted: list[Tensor]) -> str | None:
+    """Compare two runs of ROW_STEPS; return what is wrong with the first, None if it is right."""
+    for number, (names, ours, theirs) in enumerate(zip(ROW_STEPS, found, wanted, strict=True), 1):
+        for name, one, other in zip(names, ours, theirs, strict=True):
+            worst = _distance(one.float(), other.float())
+            if not worst < tolerance(one.dtype):
+                return f"side by side, logits differ by {worst:.2g} of their spread (step {number}, request {name})"
     return None
 
 
