@@ -37,7 +37,7 @@ class Loaded:
         self.own_attention = {id(config): config._attn_implementation for config in configs_of(module)}
         self.counts_tokens = False  # it takes positions from a count of tokens, which padding would falsify
         self.embedding_size = embedding_size(module)
-        self.probe = Probe.of(self.plain_logits, self.embedding_size)
+        self.probe = Probe.of(self.plain_logits, self.embedding_size, input_embedding(module))
 
     @property
     def vocab_size(self) -> int:
@@ -128,24 +128,28 @@ def _rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refusa
 
 def _probed_rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refusal:
     """Try with padding, then without; then with packed linears, against the answers of the plain ones."""
-    size, device = loaded.embedding_size, context.device
+    size, device, tolerance = loaded.embedding_size, context.device, loaded.probe.tolerance(context.dtype)
     with calls_of(loaded.module, nn.Linear) as called:
         wanted = run_rows(CacheModel(loaded.module, loaded.vocab_size, max_len), size, device)
     wrong: str | None = None
     for padding in (True, False) if not loaded.counts_tokens else (False,):
         model = RowsModel(loaded.module, loaded.vocab_size, max_len, padding)
-        wrong = rows_difference(run_rows(model, size, device), wanted)
+        wrong = rows_difference(run_rows(model, size, device), wanted, tolerance)
         if wrong is None:
             break
     if wrong is not None:
         return Refusal(wrong)
     pack_linears(loaded.module, kinds=(nn.Linear,), only=called)
-    wrong = rows_difference(run_rows(model, size, device), wanted)
+    wrong = rows_difference(run_rows(model, size, device), wanted, tolerance)
     return model if wrong is None else Refusal(f"with packed linears, {wrong}")
+
+
+def input_embedding(module: nn.Module) -> nn.Module | None:
+    found = getattr(module, "get_input_embeddings", lambda: None)()
+    return found if isinstance(found, nn.Module) else None
 
 
 def embedding_size(module: nn.Module) -> int:
     """The number of token ids that the model takes."""
-    embedding = getattr(module, "get_input_embeddings", lambda: None)()
-    size = getattr(embedding, "num_embeddings", None)
+    size = getattr(input_embedding(module), "num_embeddings", None)
     return int(size) if size else int(module.config.get_text_config().vocab_size)
