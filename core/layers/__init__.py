@@ -2,7 +2,7 @@
 
 from core.layers.attention import Attention
 from core.layers.embedding import Embedding, Head
-from core.layers.linear import Linear, MergedLinear, pack_linears
+from core.layers.linear import Linear, MergedLinear, pack_linears, unpack_linears
 from core.layers.mlp import GatedMLP
 from core.layers.norm import RMSNorm
 from core.layers.rotary import Rotary, RotaryError, apply_rotary
@@ -19,4 +19,5 @@ __all__ = [
     "RotaryError",
     "apply_rotary",
     "pack_linears",
+    "unpack_linears",
 ]

@@ -154,5 +154,16 @@ def pack_linears(
     return sum(isinstance(layer, PackedLinear) for layer in packed.values())
 
 
+def unpack_linears(model: nn.Module) -> None:
+    """Put plain torch linears in the place of packed ones, with the very same weights."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, PackedLinear):
+                plain = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None, device="meta")
+                plain.weight = nn.Parameter(child.weight, requires_grad=False)
+                plain.register_parameter("bias", child.bias)
+                setattr(parent, name, plain)
+
+
 def _ops() -> Any:
     return torch.ops.mkldnn

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from core.contracts import Checkpoint, Model, Refusal
 from core.errors import CoreError
-from core.layers import pack_linears
+from core.layers import pack_linears, unpack_linears
 from core.model_loader import BuildContext
 from core_hf_fallback.cache import CacheModel
 from core_hf_fallback.interface import bind, configs_of
@@ -79,23 +79,19 @@ def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
     start = time.monotonic()
     binding = bind(loaded.module)
     try:
-        model = PagedModel(loaded.module, binding)
         with calls_of(loaded.module, nn.Linear) as called:
-            wrong = loaded.probe.difference(model, context.make_attention(), context.device)
-    except NotPaged as reason:
-        return Refusal(str(reason))
-    except CoreError as error:
-        return Refusal(str(error))
+            model = PagedModel(loaded.module, binding)
+        pack_linears(loaded.module, kinds=(nn.Linear,), only=called)
+        wrong = loaded.probe.difference(model, context.make_attention(), context.device)
+    except (NotPaged, CoreError) as reason:
+        wrong = str(reason)
     except Exception as error:  # noqa: BLE001 - anybody's code: whatever it raises on a flat batch declines this tier
-        return Refusal(f"the flat batch fails in the module: {type(error).__name__}: {error}")
+        wrong = f"the flat batch fails in the module: {type(error).__name__}: {error}"
     finally:
         loaded.counts_tokens = bool(binding.counting_layers)
     if wrong is not None:
+        unpack_linears(loaded.module)  # the next tier checks for itself what packing changes
         return Refusal(wrong)
-    pack_linears(loaded.module, kinds=(nn.Linear,), only=called)
-    wrong = loaded.probe.difference(model, context.make_attention(), context.device)
-    if wrong is not None:
-        return Refusal(f"with packed linears, {wrong}")
     logger.info("probed transformers/paged in %.2f s: right", time.monotonic() - start)
     return model
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from core.contracts import Checkpoint
 from core.errors import CheckpointError
@@ -14,11 +15,11 @@ from core.spec import ModelSpec
 
 def load_module(checkpoint: Checkpoint, context: BuildContext) -> nn.Module:
     """Return the model in eval mode. Raises CheckpointError naming every missing, left-over or misshapen tensor."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
     try:
-        model, info = _from_pretrained(checkpoint, context)
+        with ThreadPoolExecutor(1) as reader:
+            # Decoding a file takes a second, and so does importing transformers: they go side by side.
+            tensors = reader.submit(dict, checkpoint.tensors()) if checkpoint.spec.format != "hf" else None
+            model, info = _from_pretrained(checkpoint, context, tensors)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"transformers cannot load {checkpoint.spec.path}: {type(error).__name__}: {error}"
@@ -27,15 +28,20 @@ def load_module(checkpoint: Checkpoint, context: BuildContext) -> nn.Module:
     return model.eval().to(context.device)
 
 
-def _from_pretrained(checkpoint: Checkpoint, context: BuildContext) -> tuple[Any, dict[str, Any]]:
-    """Return the module and transformers' report on its tensors."""
+def _from_pretrained(
+    checkpoint: Checkpoint, context: BuildContext, tensors: Future[dict[str, Tensor]] | None
+) -> tuple[Any, dict[str, Any]]:
+    """Return the module and transformers' report; `tensors` for a format that transformers cannot open."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     config = _config(checkpoint.spec, context)
     model_class = _model_class(checkpoint.spec, config, context)
     # Names in the file may differ from the module's; transformers' own loader knows how to rename and fuse them.
     arguments: dict[str, Any] = {"config": config, "dtype": context.dtype, "output_loading_info": True}
     arguments["ignore_mismatched_sizes"] = True  # they are refused by _check, which names them
-    if checkpoint.spec.format != "hf":
-        model, info = model_class.from_pretrained(None, state_dict=dict(checkpoint.tensors()), **arguments)
+    if tensors is not None:
+        model, info = model_class.from_pretrained(None, state_dict=tensors.result(), **arguments)
         return model, info
     if checkpoint.spec.auto_map and context.options.trust_remote_code:
         arguments["trust_remote_code"] = True

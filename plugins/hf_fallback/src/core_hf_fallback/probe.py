@@ -58,9 +58,10 @@ class Probe:
         }
         with torch.inference_mode():
             wanted = {name: plain(torch.tensor([tokens])).float() for name, tokens in ids.items()}
+            longest = max(ids, key=lambda name: len(ids[name]))
             with nudged(embedding):
-                moved = {name: plain(torch.tensor([tokens])).float() for name, tokens in ids.items()}
-        return cls(ids, wanted, max(_distance(moved[name], wanted[name]) for name in ids))
+                moved = plain(torch.tensor([ids[longest]])).float()
+        return cls(ids, wanted, _distance(moved, wanted[longest]))
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """How far rounding alone may move a logit, in standard deviations: a deep model amplifies the last bit."""
