@@ -122,21 +122,29 @@ def _rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refusa
     return built
 
 
+def _run(model: CacheModel | RowsModel, vocab_size: int, device: torch.device) -> list[Tensor]:
+    """Run the probe's steps and leave nothing of them in the modules, where the next tier would find it."""
+    try:
+        return run_rows(model, vocab_size, device)
+    finally:
+        model.stepper.module_state.reset()
+
+
 def _probed_rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refusal:
     """Try with padding, then without; then with packed linears, against the answers of the plain ones."""
     size, device, tolerance = loaded.embedding_size, context.device, loaded.probe.tolerance(context.dtype)
     with calls_of(loaded.module, nn.Linear) as called:
-        wanted = run_rows(CacheModel(loaded.module, loaded.vocab_size, max_len), size, device)
+        wanted = _run(CacheModel(loaded.module, loaded.vocab_size, max_len), size, device)
     wrong: str | None = None
     for padding in (True, False) if not loaded.counts_tokens else (False,):
         model = RowsModel(loaded.module, loaded.vocab_size, max_len, padding)
-        wrong = rows_difference(run_rows(model, size, device), wanted, tolerance)
+        wrong = rows_difference(_run(model, size, device), wanted, tolerance)
         if wrong is None:
             break
     if wrong is not None:
         return Refusal(wrong)
     pack_linears(loaded.module, kinds=(nn.Linear,), only=called)
-    wrong = rows_difference(run_rows(model, size, device), wanted, tolerance)
+    wrong = rows_difference(_run(model, size, device), wanted, tolerance)
     return model if wrong is None else Refusal(f"with packed linears, {wrong}")
 
 
