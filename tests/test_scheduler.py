@@ -103,6 +103,22 @@ def test_an_empty_prompt_and_a_doubled_id_are_refused() -> None:
     assert scheduler.num_waiting == 1
 
 
+# ---------------------------------------------------------------------------------------------- computed anew
+
+
+def test_a_text_that_grows_past_the_models_threshold_is_computed_anew_once() -> None:
+    scheduler = make(restart_after=8, max_num_batched_tokens=4)
+    scheduler.add(ask("a", 7, max_tokens=5))  # 8 tokens after its prompt, 9 after one decode
+    steps = [step["a"] for step in run_to_the_end(scheduler)]
+    assert steps == [4, 3, 1, 4, 4, 1, 1, 1]
+
+
+def test_a_prompt_past_that_threshold_runs_once() -> None:
+    scheduler = make(restart_after=8)
+    scheduler.add(ask("a", 9, max_tokens=3))
+    assert [step["a"] for step in run_to_the_end(scheduler)] == [9, 1, 1]
+
+
 # ---------------------------------------------------------------------------------------------- the budget
 
 
