@@ -41,7 +41,7 @@ class SchedulerLimits:
     max_num_waiting: int  # requests in the queue
     chunked_prefill: bool = True  # False: a prompt runs whole, over the budget if need be; no prefix cache
     prefix_caching: bool = True
-    restart_after: int | None = None  # a text that grows past so many tokens is computed anew, as a prompt would be
+    restart_after: int | None = None  # a text that grows past so many tokens is computed anew; no prefix cache
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Scheduler:
     def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
         self.pool = pool
         self.limits = limits
-        self._caching = limits.prefix_caching and limits.chunked_prefill
+        self._caching = limits.prefix_caching and limits.chunked_prefill and limits.restart_after is None
         self._requests: dict[str, Request] = {}
         self._keys: dict[str, Key] = {}
         self._waiting = _Line()
