@@ -140,14 +140,18 @@ def _probed_rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model |
         wanted = _run(CacheModel(loaded.module, loaded.vocab_size, max_len), size, device)
     wrong: str | None = None
     for padding in (True, False) if not loaded.counts_tokens else (False,):
-        model = RowsModel(loaded.module, loaded.vocab_size, max_len, padding)
-        wrong = rows_difference(_run(model, size, device), wanted, tolerance)
+        try:
+            model = RowsModel(loaded.module, loaded.vocab_size, max_len, padding)
+            wrong = rows_difference(_run(model, size, device), wanted, tolerance)
+        except CannotBatch as reason:
+            wrong = str(reason)
         if wrong is None:
             break
     if wrong is not None:
         return Refusal(wrong)
     pack_linears(loaded.module, kinds=(nn.Linear,), only=called)
     wrong = rows_difference(_run(model, size, device), wanted, tolerance)
+    model.strict = False
     return model if wrong is None else Refusal(f"with packed linears, {wrong}")
 
 
