@@ -62,7 +62,7 @@ def make_plan(config: EngineConfig, host: PluginHost) -> BuildPlan:
     attention = host.choose_attention(spec, config)
     models = host.choose_model(spec, config)
     quant_method = host.quant_method(spec, config)
-    return BuildPlan(checkpoint, attention, models, _context(config, spec, attention, quant_method))
+    return BuildPlan(checkpoint, attention, models, _context(config, host, spec, attention, quant_method))
 
 
 def demo_path() -> str:
@@ -72,7 +72,11 @@ def demo_path() -> str:
 
 
 def _context(
-    config: EngineConfig, spec: ModelSpec, attention: Choice[AttentionBackend], quant_method: QuantMethod | None
+    config: EngineConfig,
+    host: PluginHost,
+    spec: ModelSpec,
+    attention: Choice[AttentionBackend],
+    quant_method: QuantMethod | None,
 ) -> BuildContext:
     device = torch.device(choose_device(config.device))
 
@@ -82,7 +86,14 @@ def _context(
             raise CoreError(f"Attention backend {attention.winner.bid.name} declined: {built.reason}")
         return built
 
-    return BuildContext(config, device, choose_dtype(config.dtype, spec, device), make_attention, quant_method)
+    return BuildContext(
+        options=config,
+        device=device,
+        dtype=choose_dtype(config.dtype, spec, device),
+        make_attention=make_attention,
+        quant_method=quant_method,
+        kernels=host.kernels(str(device), config),
+    )
 
 
 def choose_device(name: str) -> str:
@@ -159,9 +170,9 @@ def _assemble(
         explanation=explanation,
     )
     logger.info(
-        "model: %s · attention: %s · quantizer: %s · %s on %s · %d blocks of %d tokens",
-        info.impl_name, attention_name, info.quantization or "none", info.dtype, info.device, num_blocks,
-        config.block_size,
+        "model: %s · attention: %s · quantizer: %s · kernels: %s · %s on %s · %d blocks of %d tokens",
+        info.impl_name, attention_name, info.quantization or "none",
+        context.kernels.name if context.kernels else "torch", info.dtype, info.device, num_blocks, config.block_size,
     )  # fmt: skip
     runner = Runner(model, attention, config.block_size, context.device)
     scheduler = Scheduler(BlockPool(num_blocks, config.block_size), limits)
