@@ -136,7 +136,7 @@ def check(model_type: str, class_name: str, code: str, context: Any, seconds: fl
         try:
             known["unsure"] = in_process(context, seconds, ask_transformers, scratch)
         except Stopped as reason:
-            return Checked(**known, unsure=f"generate fails: {reason}")
+            return Checked(**known, unsure=str(reason))
         auto = _serve(context, seconds, scratch, "auto")
         # Where the fallback won the bidding, asking for it by name would build the same once more.
         fallback = auto if auto.is_fallback else _serve(context, seconds, scratch, "transformers")
