@@ -31,7 +31,7 @@ LAYERS = [
         "verify_served",
         "verify_texts",
     },
-    {"supported_check", "supported_models"},
+    {"supported_check", "supported_models", "supported_page", "supported_results"},
     {"server"},
     {"cli", "commands"},
 ]
