@@ -151,7 +151,8 @@ class ModelFeatures:
     """What the scheduler may do with a model."""
 
     chunked_prefill: bool = True  # False: a prompt is run whole, in one step
-    prefix_caching: bool = True  # False: there is state that blocks do not hold
+    prefix_caching: bool = True  # False: there is state that blocks do not hold, or K depends on the text's length
+    restart_after: int | None = None  # a text that grows past so many tokens is computed anew from its first token
 
 
 class Model(Protocol):

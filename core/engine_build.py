@@ -144,7 +144,10 @@ def _assemble(
         attention.allocate(specs, memory.by_layer(specs), config.block_size)
     prefix_caching = config.enable_prefix_caching and model.features.prefix_caching
     if config.enable_prefix_caching and not prefix_caching:
-        logger.info("prefix caching is off: %s keeps state that blocks do not hold", model.impl_name)
+        logger.info(
+            "prefix caching is off: what %s keeps of a token depends on more than the tokens before it, or is not in "
+            "blocks", model.impl_name,
+        )  # fmt: skip
     limits = SchedulerLimits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -152,6 +155,7 @@ def _assemble(
         max_num_waiting=config.max_num_waiting,
         chunked_prefill=chunked,
         prefix_caching=prefix_caching,
+        restart_after=model.features.restart_after,
     )
     tokenizer = None if config.skip_tokenizer_init else host.tokenizer(spec, config)
     eos = sorted({*spec.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())})

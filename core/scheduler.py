@@ -42,6 +42,7 @@ class SchedulerLimits:
     max_num_waiting: int  # requests in the queue
     chunked_prefill: bool = True  # False: a prompt runs whole, over the budget if need be; no prefix cache
     prefix_caching: bool = True
+    restart_after: int | None = None  # a text that grows past so many tokens is computed anew; no prefix cache
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,13 @@ class Scheduler:
         self.limits = limits
         self.windows = tuple(windows)
         pool.on_uncached = self._forget_companions
-        self._caching = limits.prefix_caching and limits.chunked_prefill
+        self._caching = limits.prefix_caching and limits.chunked_prefill and limits.restart_after is None
         self._requests: dict[str, Request] = {}
         self._keys: dict[str, Key] = {}
         self._waiting = _Line()
         self._running = _Line()
         self._serial = 0
+        self._restarted: set[str] = set()  # ids of requests that grew past limits.restart_after
         self._blocked: tuple[Request, int] | None = None  # first in line, and the fewest free blocks since it failed
 
     @property
@@ -161,6 +163,7 @@ class Scheduler:
         del self._requests[request.id]
         line = self._running if request.status is Status.RUNNING else self._waiting
         line.remove(self._keys.pop(request.id))
+        self._restarted.discard(request.id)
         self._release(request)
         request.status = Status.FINISHED
         request.finish_reason = reason
@@ -224,13 +227,24 @@ class Scheduler:
             if request.status is not Status.RUNNING:  # preempted by one before it
                 continue
             known = request.num_tokens
+            if self._must_restart(request):
+                self._restarted.add(request.id)
+                self._free_windows(request.window_tables)
+                request.num_computed = 0
             remaining = known - request.num_computed
             assert remaining > 0, f"request {request.id!r} has no token to run; it was neither sampled nor completed"
+            if known > len(request.block_ids) * size and not self._grow(request, step):
+                continue
             if remaining > 1:
                 prefilling.append(request)
-            elif known <= len(request.block_ids) * size or self._grow(request, step):
+            else:
                 step.run(request, 1)
         return prefilling
+
+    def _must_restart(self, request: Request) -> bool:
+        """True if its next token is the first past the length at which the model computes its text anew."""
+        limit = self.limits.restart_after
+        return request.num_computed == limit and request.num_prompt <= limit and request.id not in self._restarted
 
     def _grow(self, request: Request, step: _Step) -> bool:
         """Give a decode the block for its next token; False if it was itself the one to preempt."""
