@@ -19,13 +19,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from core.kernels.numbers import Pointer, Value, dot, rounded, tanh
+from core.kernels.numbers import dot, rounded, tanh
 
 
 @triton.jit
 def load_part(
-    base: Pointer, rows: Value, there: Value, DIM: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr
-) -> Value:
+    base: tl.tensor, rows: tl.tensor, there: tl.tensor, DIM: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr
+) -> tl.tensor:
     """Load [rows, WIDTH] elements from START on; zero where the row is not there or past DIM."""
     dims = START + tl.arange(0, WIDTH)
     pointers = base + rows[:, None] + dims[None, :]
@@ -36,10 +36,10 @@ def load_part(
 
 @triton.jit
 def store_part(
-    base: Pointer,
-    rows: Value,
-    there: Value,
-    x: Value,
+    base: tl.tensor,
+    rows: tl.tensor,
+    there: tl.tensor,
+    x: tl.tensor,
     DIM: tl.constexpr,
     START: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -52,7 +52,7 @@ def store_part(
 
 
 @triton.jit
-def first_visible(position: Value, window: Value, chunk: Value, WINDOW: tl.constexpr, CHUNK: tl.constexpr) -> Value:
+def first_visible(position: tl.tensor, window: tl.tensor, chunk: tl.tensor, WINDOW: tl.constexpr, CHUNK: tl.constexpr) -> tl.tensor:
     """The first key that a query at `position` sees."""
     first = position * 0
     if WINDOW:
@@ -64,28 +64,28 @@ def first_visible(position: Value, window: Value, chunk: Value, WINDOW: tl.const
 
 @triton.jit
 def attend_keys(
-    q: Value,  # [rows, K_MAIN]
-    q_rest: Value,  # [rows, K_REST], anything if K_REST is 0
-    acc: Value,  # [rows, V_MAIN] float32
-    acc_rest: Value,  # [rows, V_REST] float32, anything if V_REST is 0
-    peak: Value,  # [rows] float32, -inf: nothing seen yet
-    total: Value,  # [rows] float32
-    keys: Pointer,  # of this K/V head
-    values: Pointer,
-    table: Pointer,  # this request's blocks
-    position: Value,  # [rows], of the query
-    row_first: Value,  # [rows]
-    row_last: Value,  # [rows], inclusive
-    slope: Value,  # [rows], in units of log2(e)
-    start: Value,  # keys [start, end) in steps of BLOCK_N ...
-    end: Value,
-    needed: Value,  # ... of which those below `needed` are seen by no row
-    keys_block: Value,
-    keys_slot: Value,
-    values_block: Value,
-    values_slot: Value,
-    scale: Value,  # before tanh
-    cap: Value,  # after tanh
+    q: tl.tensor,  # [rows, K_MAIN]
+    q_rest: tl.tensor,  # [rows, K_REST], anything if K_REST is 0
+    acc: tl.tensor,  # [rows, V_MAIN] float32
+    acc_rest: tl.tensor,  # [rows, V_REST] float32, anything if V_REST is 0
+    peak: tl.tensor,  # [rows] float32, -inf: nothing seen yet
+    total: tl.tensor,  # [rows] float32
+    keys: tl.tensor,  # of this K/V head
+    values: tl.tensor,
+    table: tl.tensor,  # this request's blocks
+    position: tl.tensor,  # [rows], of the query
+    row_first: tl.tensor,  # [rows]
+    row_last: tl.tensor,  # [rows], inclusive
+    slope: tl.tensor,  # [rows], in units of log2(e)
+    start: tl.tensor,  # keys [start, end) in steps of BLOCK_N ...
+    end: tl.tensor,
+    needed: tl.tensor,  # ... of which those below `needed` are seen by no row
+    keys_block: tl.tensor,
+    keys_slot: tl.tensor,
+    values_block: tl.tensor,
+    values_slot: tl.tensor,
+    scale: tl.tensor,  # before tanh
+    cap: tl.tensor,  # after tanh
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     K_DIM: tl.constexpr,
@@ -98,7 +98,7 @@ def attend_keys(
     ALIBI: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
-) -> Value:
+) -> tl.tensor:
     """Return acc, acc_rest, peak, total after the keys [start, end)."""
     for n in range(start, end, BLOCK_N):
         at = n + tl.arange(0, BLOCK_N)

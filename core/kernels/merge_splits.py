@@ -19,7 +19,7 @@ from torch import Tensor
 
 from core.kernels.checks import FLOATS, INTS, check, pow2
 from core.kernels.chip import Chip, Launch, chip_of
-from core.kernels.numbers import Pointer, Value, rounded
+from core.kernels.numbers import rounded
 
 NAME = "merge_splits"
 STEP = 8  # splits added up at a time
@@ -27,15 +27,15 @@ STEP = 8  # splits added up at a time
 
 @triton.jit
 def merge_splits_kernel(
-    partial: Pointer,
-    log_total: Pointer,
-    out: Pointer,
-    query_starts: Pointer,
-    rows: Pointer,
-    sinks: Pointer,
-    out_token: Value,
-    out_head: Value,
-    splits: Value,
+    partial: tl.tensor,
+    log_total: tl.tensor,
+    out: tl.tensor,
+    query_starts: tl.tensor,
+    rows: tl.tensor,
+    sinks: tl.tensor,
+    out_token: tl.tensor,
+    out_head: tl.tensor,
+    splits: tl.tensor,
     HEADS: tl.constexpr,
     V_DIM: tl.constexpr,
     V_PAD: tl.constexpr,

@@ -1,21 +1,17 @@
 """Small pieces of arithmetic that several kernels share.
 
+In all kernels a parameter of type tl.tensor is a pointer (or None for what a call leaves out), a scalar or a block.
 WIDEN is True in the interpreter only: there, half types are bit patterns that numpy can neither multiply nor round.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-Pointer = Any  # a pointer, or None for what a call leaves out
-Value = Any  # a scalar or a tensor of them
-
 
 @triton.jit
-def dot(a: Value, b: Value, total: Value, PRECISION: tl.constexpr, WIDEN: tl.constexpr) -> Value:
+def dot(a: tl.tensor, b: tl.tensor, total: tl.tensor, PRECISION: tl.constexpr, WIDEN: tl.constexpr) -> tl.tensor:
     """total + a @ b; a [m, k], b [k, n], total [m, n] float32."""
     if WIDEN:
         a = a.to(tl.float32)
@@ -24,7 +20,7 @@ def dot(a: Value, b: Value, total: Value, PRECISION: tl.constexpr, WIDEN: tl.con
 
 
 @triton.jit
-def rounded(x: Value, dtype: tl.constexpr, WIDEN: tl.constexpr) -> Value:
+def rounded(x: tl.tensor, dtype: tl.constexpr, WIDEN: tl.constexpr) -> tl.tensor:
     """Any float -> dtype, to nearest even."""
     if WIDEN and dtype == tl.bfloat16:  # the interpreter would cut the bits off instead
         x = x.to(tl.float32)
@@ -36,7 +32,7 @@ def rounded(x: Value, dtype: tl.constexpr, WIDEN: tl.constexpr) -> Value:
 
 
 @triton.jit
-def tanh(x: Value) -> Value:
+def tanh(x: tl.tensor) -> tl.tensor:
     """float32; the series where the quotient would cancel."""
     square = x * x
     near = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
@@ -45,6 +41,6 @@ def tanh(x: Value) -> Value:
 
 
 @triton.jit
-def sigmoid(x: Value) -> Value:
+def sigmoid(x: tl.tensor) -> tl.tensor:
     """float32."""
     return 1.0 / (1.0 + tl.exp(-x))

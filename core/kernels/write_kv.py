@@ -18,7 +18,7 @@ from torch import Tensor
 
 from core.kernels.checks import FLOATS, INTS, check, pow2
 from core.kernels.chip import Chip, Launch, chip_of
-from core.kernels.numbers import Pointer, Value, rounded
+from core.kernels.numbers import rounded
 
 NAME = "write_kv"
 ELEMENTS = 1024  # of a program
@@ -26,21 +26,21 @@ ELEMENTS = 1024  # of a program
 
 @triton.jit
 def write_kv_kernel(
-    k: Pointer,
-    v: Pointer,
-    keys: Pointer,
-    values: Pointer,
-    slots: Pointer,
-    k_token: Value,
-    k_head: Value,
-    v_token: Value,
-    v_head: Value,
-    keys_block: Value,
-    keys_slot: Value,
-    keys_head: Value,
-    values_block: Value,
-    values_slot: Value,
-    values_head: Value,
+    k: tl.tensor,
+    v: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    slots: tl.tensor,
+    k_token: tl.tensor,
+    k_head: tl.tensor,
+    v_token: tl.tensor,
+    v_head: tl.tensor,
+    keys_block: tl.tensor,
+    keys_slot: tl.tensor,
+    keys_head: tl.tensor,
+    values_block: tl.tensor,
+    values_slot: tl.tensor,
+    values_head: tl.tensor,
     BLOCK_SIZE: tl.constexpr,
     KV_HEADS: tl.constexpr,
     K_DIM: tl.constexpr,
