@@ -16,7 +16,7 @@ from core.supported_check import Checked, Served
 
 INTRODUCTION = """# Supported models
 
-Written by `make conformance-page`, compared with a fresh run by `make conformance`. For each causal language model of
+Written by `make supported-models`, compared with a fresh run by `make conformance`. For each causal language model of
 transformers {version} a tiny random checkpoint is built, served on the CPU with `--model-impl auto` and with
 `transformers`, and its greedy tokens and their logprobs are compared with those of `generate`: several requests
 together, prompts cut into chunks, prefix cache cold and warm. The fallback's tiers are explained in the

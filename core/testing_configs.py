@@ -161,7 +161,8 @@ OWN_WAYS: dict[str, dict[str, Any]] = {  # sizes that no table of names can say,
     },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        # Both 32: the router of an older transformers takes as many features as the experts are wide.
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {
