@@ -91,12 +91,12 @@ def test_what_transformers_refuses_to_build_is_an_error_with_its_reason_and_a_wa
 
 
 def test_what_needs_a_package_that_is_missing_is_an_error_that_names_it(tmp_path, monkeypatch):
-    from core import testing
+    from core import testing_checkpoints
 
     def without(model_type, **overrides):
         raise ImportError("TimmWrapperModel requires the timm library but it was not found. You can install it.")
 
-    monkeypatch.setattr(testing, "tiny_config", without)
+    monkeypatch.setattr(testing_checkpoints, "tiny_config", without)
     with pytest.raises(ConfigError, match=r"cannot build .llama. without .*: TimmWrapperModel requires the timm"):
         tiny_checkpoint("llama", tmp_path)
 
