@@ -1,4 +1,4 @@
-"""A model without weights, and a plugin that serves it: for tests of what is around a model. `core.testing` offers both."""
+"""A model without weights, and a plugin that serves it, for tests of what is around a model. In `core.testing`."""
 
 from __future__ import annotations
 
