@@ -8,9 +8,8 @@ from core import LLM, SamplingParams
 from core.errors import NoImplementation
 from core.testing import assert_matches_transformers, tiny_checkpoint
 from core_hf_fallback import versions
-from core_hf_fallback.versions import major_minor
 
-OLDEST = major_minor(version("transformers")) == versions.OLDEST
+OLDEST = versions.major_minor(version("transformers")) == versions.OLDEST
 TIERS = {
     "gpt2": "paged",  # learned positions
     # Softcap, and a window in every second layer. The sdpa attention of the oldest transformers drops the softcap, and

@@ -68,6 +68,8 @@ def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Mode
         loaded = context.shared[SHARED] = Loaded(load_module(checkpoint, context), max_len)
     if tier != "cache" and loaded.ropes.unknown is not None:
         return Refusal(f"{loaded.ropes.unknown} rotates by the length of the longest text in the batch")
+    if tier != "cache" and loaded.ropes.forgets_after is not None:
+        return Refusal(f"its generate forgets a text that grows past {loaded.ropes.forgets_after} tokens")
     if tier == "paged":
         return _paged(loaded, context)
     loaded.restore_attention()
