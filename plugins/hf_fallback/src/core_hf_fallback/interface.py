@@ -57,7 +57,8 @@ class KnownCall:
     mask: Any
     sinks: Tensor | None
     args: AttentionArgs
-    names: frozenset[str]  # of all further arguments, each bookkeeping or without a value
+    names: frozenset[str]  # of all further arguments
+    unset: tuple[str, ...]  # those of them that are no bookkeeping: they have to stay without a value
 
     def same(self, facts: tuple[Any, ...], mask: Any, sinks: Tensor | None, others: dict[str, Any]) -> bool:
         return (
@@ -65,7 +66,7 @@ class KnownCall:
             and sinks is self.sinks
             and facts == self.facts
             and others.keys() == self.names
-            and all(others[name] is None or others[name] is False for name in self.names - BOOKKEEPING)
+            and (not self.unset or all(others[name] is None or others[name] is False for name in self.unset))
         )
 
 
@@ -196,7 +197,7 @@ def attention(
     Raises UnsupportedAttention, naming layer and argument, for whatever it would otherwise drop.
     """
     binding: Binding = getattr(module, ATTRIBUTE)
-    facts = (scaling, dropout, sliding_window, softcap, is_causal, query.shape)
+    facts = (scaling, dropout, sliding_window, softcap, is_causal, query.shape[0])
     known = binding.known.get(id(module))
     if known is not None and known.same(facts, attention_mask, s_aux, others):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -220,7 +221,9 @@ def attention(
     with binding.counted.paused() if binding.counted is not None else nullcontext():
         out = binding.attend(module, q, k, v, args)
     if not binding.recording:
-        binding.known[id(module)] = KnownCall(facts, attention_mask, s_aux, args, frozenset(others))
+        binding.known[id(module)] = KnownCall(
+            facts, attention_mask, s_aux, args, frozenset(others), tuple(others.keys() - BOOKKEEPING)
+        )
     return out.contiguous().unsqueeze(0), None  # some modules view() it
 
 

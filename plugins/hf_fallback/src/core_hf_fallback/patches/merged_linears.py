@@ -17,6 +17,33 @@ from torch import Tensor, nn
 from core_hf_fallback.patches.calls import LinearCalls
 
 
+class Last:
+    """The parts of the last product that were not taken yet. No module: setting a module's attributes is slow."""
+
+    __slots__ = ("input", "left", "outputs")
+
+    def __init__(self) -> None:
+        self.input: Tensor | None = None  # kept alive, so that no other tensor can be taken for it
+        self.outputs: list[Tensor | None] = []
+        self.left = 0
+
+    def take(self, index: int, x: Tensor) -> Tensor | None:
+        """Return part `index` of the product with x, once; None if it has to be computed."""
+        if x is not self.input:
+            return None
+        out, self.outputs[index] = self.outputs[index], None
+        self.left -= out is not None
+        if not self.left:
+            self.input = None
+        return out
+
+    def put(self, index: int, x: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        """Keep a product, all but the part that is asked for now; return that."""
+        self.input, self.outputs, self.left = x, list(outputs), len(outputs) - 1
+        self.outputs[index] = None
+        return outputs[index]
+
+
 class Merged(nn.Module):
     """The product of several linears over one input; `linear` is packed like any other."""
 
@@ -28,23 +55,7 @@ class Merged(nn.Module):
         self.linear.weight = nn.Parameter(torch.cat([part.weight.detach() for part in parts]), requires_grad=False)
         if first.bias is not None:
             self.linear.bias = nn.Parameter(torch.cat([part.bias.detach() for part in parts]), requires_grad=False)
-        self._input: Tensor | None = None  # kept alive, so that no other tensor can be taken for it
-        self._outputs: list[Tensor | None] = []
-
-    def take(self, index: int, x: Tensor) -> Tensor:
-        """Return part `index` of the product with x [..., in]: [..., size]."""
-        if x is self._input:
-            out = self._outputs[index]
-            if out is not None:
-                self._outputs[index] = None
-                if not any(left is not None for left in self._outputs):
-                    self._input = None
-                return out
-        pieces = self.linear(x).split(self.sizes, -1)
-        self._input, self._outputs = x, list(pieces)
-        self._outputs[index] = None
-        piece: Tensor = pieces[index]
-        return piece
+        self.last = Last()
 
     def rows(self, index: int) -> slice:
         start = sum(self.sizes[:index])
@@ -59,6 +70,7 @@ class Part(nn.Module):
         if index == 0:
             self.merged = merged  # in the tree once, where it is found and packed
         self.__dict__["merged"] = merged
+        self.last = merged.last
         self.index, self.in_features, self.out_features = index, in_features, merged.sizes[index]
 
     @property
@@ -71,8 +83,20 @@ class Part(nn.Module):
         bias = self.merged.linear.bias
         return None if bias is None else bias[self.merged.rows(self.index)]
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """Without nn.Module's detour, unless there is a hook to call."""
+        if self._forward_hooks or self._forward_pre_hooks:
+            out: Tensor = super().__call__(x)
+            return out
+        return self.forward(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.merged.take(self.index, x)
+        """x [..., in] -> [..., out], a view of the product."""
+        found = self.last.take(self.index, x)
+        if found is not None:
+            return found
+        product = self.merged.linear.forward(x)
+        return self.last.put(self.index, x, torch.split_with_sizes(product, self.merged.sizes, -1))
 
 
 def merge_linears(module: nn.Module, calls: LinearCalls) -> list[Callable[[], None]]:
