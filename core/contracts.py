@@ -152,6 +152,7 @@ class ModelFeatures:
 
     chunked_prefill: bool = True  # False: a prompt is run whole, in one step
     prefix_caching: bool = True  # False: there is state that blocks do not hold, or K depends on the text's length
+    patches: tuple[str, ...] = ()  # what was changed in somebody else's module to make it faster; shown to the user
     restart_after: int | None = None  # a text that grows past so many tokens is computed anew from its first token
 
 

@@ -7,19 +7,22 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from core.contracts import Checkpoint, Model, Refusal
 from core.errors import CoreError
-from core.layers import pack_linears, unpack_linears
+from core.layers import pack_linears
 from core.model_loader import BuildContext
 from core_hf_fallback.blame import is_ours
 from core_hf_fallback.cache import CacheModel
 from core_hf_fallback.interface import bind, configs_of
 from core_hf_fallback.load import load_module
 from core_hf_fallback.paged import NotPaged, PagedModel, logits_of
+from core_hf_fallback.patches.calls import linear_calls
+from core_hf_fallback.patches.patcher import Patcher
 from core_hf_fallback.probe import Probe, rows_difference, run_rows
 from core_hf_fallback.ropes import Ropes
 from core_hf_fallback.rows import RowsModel
@@ -84,11 +87,12 @@ def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Mode
 def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
     start = time.monotonic()
     binding = bind(loaded.module)
+    patcher: Patcher | None = None
     try:
-        with calls_of(loaded.module, nn.Linear) as called:
+        with linear_calls(loaded.module) as calls:
             model = PagedModel(loaded.module, binding, loaded.ropes)
-        pack_linears(loaded.module, kinds=(nn.Linear,), only=called, kernels=context.kernels)
-        wrong = loaded.probe.difference(model, context.make_attention(), context.device)
+        patcher = Patcher(loaded.module, calls, context.options.disable_patches, context.kernels)
+        wrong = patcher.settle(lambda: loaded.probe.difference(model, context.make_attention(), context.device))
     except (NotPaged, CoreError) as reason:
         wrong = str(reason)
     except Exception as error:  # the model's code: whatever it raises on a flat batch declines this tier
@@ -97,10 +101,13 @@ def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
         wrong = f"the flat batch fails in the module: {type(error).__name__}: {error}"
     finally:
         loaded.counts_tokens = bool(binding.counting_layers)
-    if wrong is not None:
-        unpack_linears(loaded.module)  # the next tier checks for itself what packing changes
-        return Refusal(wrong)
-    logger.info("probed transformers/paged in %.2f s: right", time.monotonic() - start)
+    if wrong is not None or patcher is None:
+        if patcher is not None:
+            patcher.undo()  # the next tier checks for itself what packing changes
+        return Refusal(wrong or "nothing was probed")
+    model.features = replace(model.features, patches=tuple(patcher.counts))
+    seconds = time.monotonic() - start
+    logger.info("probed transformers/paged in %.2f s: right; patches: %s", seconds, patcher.summary)
     return model
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,27 @@ BOOKKEEPING = frozenset(
 )
 
 
+@dataclass(frozen=True)
+class KnownCall:
+    """A call that was checked while serving: the next one of its layer that says the same needs no second look."""
+
+    facts: tuple[Any, ...]
+    mask: Any
+    sinks: Tensor | None
+    args: AttentionArgs
+    names: frozenset[str]  # of all further arguments
+    unset: tuple[str, ...]  # those of them that are no bookkeeping: they have to stay without a value
+
+    def same(self, facts: tuple[Any, ...], mask: Any, sinks: Tensor | None, others: dict[str, Any]) -> bool:
+        return (
+            mask is self.mask
+            and sinks is self.sinks
+            and facts == self.facts
+            and others.keys() == self.names
+            and (not self.unset or all(others[name] is None or others[name] is False for name in self.unset))
+        )
+
+
 class Binding:
     """What one model's attention modules share: the names of layers, the current batch, and the calls so far."""
 
@@ -63,6 +84,7 @@ class Binding:
         self.problems: list[str] = []  # what the recording forward met; serving raises instead
         self.counting_layers: list[str] = []  # layers whose Q, K or V come from a count of the batch's tokens
         self.batch: Batch | None = None
+        self.known: dict[int, KnownCall] = {}  # by id(module)
         self._calls: dict[str, int] = {}
         self._mask_calls = 0
 
@@ -72,6 +94,7 @@ class Binding:
         self._calls.clear()
         self._mask_calls = 0
         if self.recording:
+            self.known.clear()
             self.layers.clear()
             self.specs.clear()
             self.masks.clear()
@@ -186,6 +209,11 @@ def attention(
     Raises UnsupportedAttention, naming layer and argument, for whatever it would otherwise drop.
     """
     binding: Binding = getattr(module, ATTRIBUTE)
+    facts = (scaling, dropout, sliding_window, softcap, is_causal, query.shape[0])
+    known = binding.known.get(id(module))
+    if known is not None and known.same(facts, attention_mask, s_aux, others):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return binding.attend(module, q, k, v, known.args).contiguous().unsqueeze(0), None
     name = binding.name_of(module)
     if binding.counted is not None and binding.counted.reaches(query, key, value):
         binding.counting_layers.append(name)
@@ -205,6 +233,10 @@ def attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     with binding.counted.paused() if binding.counted is not None else nullcontext():
         out = binding.attend(module, q, k, v, args)
+    if not binding.recording:
+        binding.known[id(module)] = KnownCall(
+            facts, attention_mask, s_aux, args, frozenset(others), tuple(others.keys() - BOOKKEEPING)
+        )
     return out.contiguous().unsqueeze(0), None  # some modules view() it
 
 
