@@ -57,8 +57,6 @@ class Loaded:
 
 def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Model | Refusal:
     """Build one tier, or refuse with what the probe found."""
-    if context.quant_method is not None:
-        return Refusal(f"quantization method {context.quant_method.name!r} is not wired into this implementation yet")
     loaded = context.shared.get(SHARED)
     if loaded is None:
         warn_if_untested()
