@@ -28,7 +28,7 @@ def load(config: LlamaConfig, checkpoint: Checkpoint, context: BuildContext) -> 
     load_strict(loaders, tensors, ignore=_ignored(config))
     if config.tied:
         model.head.tie(model.embedding)  # a quantized embedding took the place of the one that was tied
-    pack_linears(model, kinds=(Linear, MergedLinear, Head))
+    pack_linears(model, kinds=(Linear, MergedLinear, Head), kernels=context.kernels)
     return model.eval()
 
 
