@@ -5,13 +5,17 @@ torch and transformers are imported where they are used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.errors import ConfigError, CoreError
 from core.testing_configs import model_class_of, tiny_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_WEIGHTS = 20_000_000
 
@@ -69,6 +73,37 @@ def _count_weights(model_class: Any, config: Any) -> int:
 
     with torch.device("meta"):
         return sum(weight.numel() for weight in model_class._from_config(config).parameters())
+
+
+def packed_checkpoint(
+    source: str | Path,
+    folder: str | Path,
+    quantization_config: Mapping[str, Any],
+    pack: Callable[[str, Tensor], Mapping[str, Tensor] | None],
+) -> Path:
+    """Write a quantized copy of a Hugging Face folder, for tests of a quantization plugin.
+
+    `pack(name, weight)` is asked for every tensor and gives what stands in its place by its last name
+    ({"qweight": ..., "scales": ...} for "...q_proj.weight"), or None for a tensor that stays.
+    """
+    from safetensors.torch import save_file
+
+    from core.weights import HFCheckpoint
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Tensor] = {}
+    for name, tensor in HFCheckpoint(source).tensors():
+        packed = pack(name, tensor)
+        module = name.rpartition(".")[0]
+        found |= {name: tensor} if packed is None else {f"{module}.{part}": value for part, value in packed.items()}
+    save_file(found, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    for file in Path(source).glob("*.json"):
+        config = json.loads(file.read_text())
+        if file.name == "config.json":
+            config["quantization_config"] = dict(quantization_config)
+        (folder / file.name).write_text(json.dumps(config, indent=2))
+    return folder
 
 
 def _check_size(model_type: str, size: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.contracts import Bid, Checkpoint, KVSpec, ModelFeatures
+from core.errors import CheckpointError
 from core.hookspecs import hookimpl
 from core.spec import ModelSpec
 from core.testing_configs import VOCAB
@@ -55,6 +56,9 @@ class EchoCheckpoint:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         return iter(())
+
+    def tensor(self, name: str) -> Tensor:
+        raise CheckpointError(f"The echo model has no tensor {name!r}.")
 
 
 class EchoPlugin:

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from core_cpu_kernels.kernels import CpuKernels
-from core_cpu_kernels.library import Library
 from torch import nn
 
 from core.errors import CoreError, PluginError
 from core.layers import AffineTensor, Linear, TableTensor, pack_linears
+from core_cpu_kernels.kernels import CpuKernels
+from core_cpu_kernels.library import Library
 
 BOUND = 2e-6  # relative, by norm: what accumulation in float32 explains
 ROWS = [1, 2, 3, 4, 5, 6, 7, 13, 16, 33, 64, 129, 512]
@@ -88,7 +88,19 @@ def test_affine_weights_at_any_number_of_rows(kernels, threads, bits, kind):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     "size, group",
-    [(8, 8), (40, 8), (72, 24), (96, 32), (136, 136), (160, 16), (192, 96), (576, 576), (1536, 128), (2112, 64), (640, 320)],
+    [
+        (8, 8),
+        (40, 8),
+        (72, 24),
+        (96, 32),
+        (136, 136),
+        (160, 16),
+        (192, 96),
+        (576, 576),
+        (1536, 128),
+        (2112, 64),
+        (640, 320),
+    ],
 )
 def test_affine_weights_of_any_width_and_group(kernels, size, group, bits, dtype):
     for kind in ("zeros", "offsets", "middle"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +56,9 @@ class KernelFunction:
             x = x.detach().contiguous()
         *leading, width = x.shape
         if width != self.in_features or x.device.type != "cpu":
-            raise CoreError(f"This linear takes [..., {self.in_features}] on the CPU, not {list(x.shape)} on {x.device}.")
+            raise CoreError(
+                f"This linear takes [..., {self.in_features}] on the CPU, not {list(x.shape)} on {x.device}."
+            )
         out = x.new_empty((*leading, self.out_features))
         rows = x.numel() // width
         if rows and self._linear(self._made, x.data_ptr(), out.data_ptr(), rows):
@@ -115,5 +116,3 @@ def _spec(weight: Tensor, packing: int, codes: Tensor, row_bytes: int) -> Weight
     out, in_ = weight.shape
     spec = Weight(out=out, in_=in_, row_bytes=row_bytes, codes=codes.data_ptr(), packing=packing)
     return spec
-
-

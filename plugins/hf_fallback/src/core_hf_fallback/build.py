@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from core.contracts import Checkpoint, Model, Refusal
 from core.errors import CoreError
-from core.layers import pack_linears
+from core.layers import give_kernels, pack_linears
 from core.model_loader import BuildContext
 from core_hf_fallback.blame import is_ours
 from core_hf_fallback.cache import CacheModel
@@ -63,8 +63,6 @@ class Loaded:
 
 def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Model | Refusal:
     """Build one tier, or refuse with what the probe found."""
-    if context.quant_method is not None:
-        return Refusal(f"quantization method {context.quant_method.name!r} is not wired into this implementation yet")
     max_len = context.options.max_model_len or checkpoint.spec.max_context or DEFAULT_MAX_LEN
     loaded = context.shared.get(SHARED)
     if loaded is None:
@@ -109,6 +107,11 @@ def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
     seconds = time.monotonic() - start
     logger.info("probed transformers/paged in %.2f s: right; patches: %s", seconds, patcher.summary)
     return model
+
+
+def _pack(module: nn.Module, called: set[nn.Module], context: BuildContext) -> None:
+    pack_linears(module, kinds=(nn.Linear,), only=called, kernels=context.kernels)
+    give_kernels(module, context.kernels)
 
 
 @contextmanager
@@ -163,7 +166,7 @@ def _probed_rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model |
             break
     if wrong is not None:
         return Refusal(wrong)
-    pack_linears(loaded.module, kinds=(nn.Linear,), only=called, kernels=context.kernels)
+    _pack(loaded.module, called, context)
     wrong = rows_difference(_run(model, size, device), wanted, tolerance)
     model.strict = False
     return model if wrong is None else Refusal(f"with packed linears, {wrong}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from core.contracts import Kernels
-from core.layers import pack_linears, unpack_linears
+from core.layers import give_kernels, pack_linears, unpack_linears
 from core_hf_fallback.patches.calls import LinearCalls
 from core_hf_fallback.patches.child_lookup import enter_children
 from core_hf_fallback.patches.merged_linears import Merged, merge_linears
@@ -82,6 +82,7 @@ class Patcher:
             if not rule.after_packing:
                 self._apply_one(rule)
         pack_linears(self.module, kinds=(nn.Linear,), only=self._called(), kernels=self.kernels)
+        give_kernels(self.module, self.kernels)
         for rule in rules:
             if rule.after_packing:
                 self._apply_one(rule)
@@ -100,6 +101,7 @@ class Patcher:
     def undo(self) -> None:
         """Put the module's own parts back, with the very same weights."""
         unpack_linears(self.module)
+        give_kernels(self.module, None)
         while self._undo:
             self._undo.pop()()
         self.counts.clear()
