@@ -52,6 +52,10 @@ class Checkpoint(Protocol):
         """Yield every (name, tensor) once, in the dtype of the file, one in memory at a time."""
         ...
 
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor, in the dtype of the file. Raises CheckpointError for a name that there is not."""
+        ...
+
 
 class Tokenizer(Protocol):
     """Text to ids and back."""
