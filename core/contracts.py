@@ -195,7 +195,8 @@ class QuantMethod(Protocol):
     def quantize(self, name: str, weight: Tensor) -> Tensor:
         """Return a linear's weight [..., out, in] quantized, or the weight itself where it has to stay in floats.
 
-        Called on the fly only, once for each weight that a linear (or a stack of experts) multiplies with.
+        Called on the fly only, once for each weight that a linear (or a stack of experts) multiplies with; not for
+        embeddings and heads.
         """
         ...
 

@@ -70,11 +70,14 @@ def located(checkpoint: Checkpoint, name: str) -> str:
 def linear_weights(model: nn.Module) -> set[str]:
     """Return the names of a module tree's weights [..., out, in] that its linears, or its stacks of experts, multiply.
 
-    A weight that is tied to an embedding is left out, and so is whatever computes something of its own with it.
+    The head is left out, as most sensitive of all and often one with the embedding; so is whatever computes something
+    of its own with a weight.
     """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     skip = {*tied.keys(), *tied.values()}
-    found = {f"{path}.weight" for path, part in model.named_modules() if _is_plain_linear(part)}
+    linears = [(path, part) for path, part in model.named_modules() if _is_plain_linear(part) and part is not head]
+    found = {f"{path}.weight" for path, part in linears}
     for path, part in model.named_modules():
         found |= {f"{path}.{name}" for name in _stacks_of_experts(part)}
     return found - skip

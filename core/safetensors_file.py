@@ -44,7 +44,7 @@ class SafetensorsFile:
         data = torch.empty(end - begin, dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._start + begin)
-            if not _filled(file, memoryview(data.numpy())):
+            if not _filled(file, memoryview(data.numpy().data)):
                 raise CheckpointError(f"{self.path} ends within tensor {name!r}. Download it again.")
         return data.view(self._dtype(name, entry["dtype"])).view(entry["shape"])
 

@@ -157,6 +157,7 @@ def assert_matches_dequantized(
     if method is None:
         raise ConfigError(f"{model} is not quantized, and no quantization is asked for.")
     module = plain_module(checkpoint, torch.float32, config.trust_remote_code, method)
+    module.generation_config.eos_token_id = list(checkpoint.spec.eos_token_ids) or None
     wanted = answers_of(module, asked, max_tokens)
     with LLM(model=str(model), **{**tight_options(model_impl), **options}) as llm:
         assert_serves(llm, asked, wanted, tolerance)

@@ -34,7 +34,7 @@ def load(config: LlamaConfig, checkpoint: Checkpoint, context: BuildContext) -> 
 
 def _linears(loaders: Mapping[str, Loader]) -> set[str]:
     """The weights that may be quantized on the fly."""
-    return {name for name in loaders if name.endswith("_proj.weight") or name == "lm_head.weight"}
+    return {name for name in loaders if name.endswith("_proj.weight")}
 
 
 def _loaders(model: LlamaModel) -> dict[str, Loader]:
