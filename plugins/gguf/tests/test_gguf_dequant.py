@@ -40,7 +40,9 @@ def test_a_tensor_larger_than_a_chunk_decodes_to_the_same_bits(kind):
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_a_weight_in_blocks_is_a_weight(kind):
-    raw = np.random.default_rng(kind.id).integers(0, 64, (2, 6, 256 // kind.block_elements * kind.block_bytes), np.uint8)
+    raw = np.random.default_rng(kind.id).integers(
+        0, 64, (2, 6, 256 // kind.block_elements * kind.block_bytes), np.uint8
+    )
     weight = GGMLTensor({"blocks": torch.from_numpy(raw)}, 256, torch.float32, kind=kind)
     assert (weight.packing, weight.shape) == (f"ggml:{kind.name}", (2, 6, 256))
     floats = _expected(raw.reshape(12, -1), kind).view(2, 6, 256)

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from core.layers import QuantizedTensor
 from core_gguf.dequant import dequantize
-from core_gguf.ggml_types import GGMLType
 
 
 class GGMLTensor(QuantizedTensor):

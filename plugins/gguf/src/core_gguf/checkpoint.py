@@ -29,7 +29,7 @@ class RawTensor:
     name: str  # transformers' name
     shape: tuple[int, ...]  # of the decoded tensor, in torch's order
     type: GGMLType
-    data: Tensor  # uint8 [..., row_bytes], rows in transformers' order; the mapped file itself where they are in the file's
+    data: Tensor  # uint8 [..., row_bytes] in transformers' order of rows: the mapped file itself, or a copy
     minus: float = 0.0  # Gemma's norms are stored plus one
 
 
