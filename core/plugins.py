@@ -121,6 +121,14 @@ class PluginHost:
         """Return the one method that takes this checkpoint, None if it is not quantized and none is asked for."""
         return settle_claims(list(self._ask("provide_quant_method", spec=spec, options=options)), spec, options)
 
+    def quantizer(self, method: str, settings: QuantizeSettings) -> Quantizer:
+        """Return what makes checkpoints by a method. Raises ConfigError, saying what to install, if nobody does."""
+        _, found = self._first("provide_quantizer", method=method, settings=settings)
+        if found is None:
+            raise ConfigError(nobody_quantizes(method))
+        quantizer: Quantizer = found
+        return quantizer
+
     def kernels(self, device: str, options: EngineConfig) -> Kernels | None:
         """Return the first plugin's kernels for a device, None if everything is to be computed with torch."""
         _, found = self._first("provide_kernels", device=device, options=options)
