@@ -53,6 +53,10 @@ class Checkpoint(Protocol):
         """Yield every (name, tensor) once, in the dtype of the file, one in memory at a time."""
         ...
 
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor, in the dtype of the file. Raises CheckpointError for a name that there is not."""
+        ...
+
 
 class Tokenizer(Protocol):
     """Text to ids and back."""
@@ -192,7 +196,8 @@ class QuantMethod(Protocol):
     def quantize(self, name: str, weight: Tensor) -> Tensor:
         """Return a linear's weight [..., out, in] quantized, or the weight itself where it has to stay in floats.
 
-        Called on the fly only, once for each weight that a linear (or a stack of experts) multiplies with.
+        Called on the fly only, once for each weight that a linear (or a stack of experts) multiplies with; not for
+        embeddings and heads.
         """
         ...
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.contracts import Bid, Checkpoint, KVSpec, ModelFeatures
-from core.errors import ConfigError
+from core.errors import CheckpointError, ConfigError
 from core.hookspecs import hookimpl
 from core.spec import ModelSpec
 from core.testing_configs import VOCAB, model_class_of, tiny_config
@@ -128,6 +128,42 @@ def assert_matches_transformers(
             return llm.model_impl_name
 
 
+def assert_matches_dequantized(
+    model: str | Path,
+    model_impl: str = "auto",
+    *,
+    prompts: Sequence[Sequence[int]] | None = None,
+    max_tokens: int = 10,
+    tolerance: float = 2e-3,
+    **options: Any,
+) -> str:
+    """Serve a quantized model and compare with `generate` of the same model with its weights as floats.
+
+    `model` is a checkpoint's folder or file; with the option `quantization` a float one that is quantized on the fly.
+    Otherwise like `assert_matches_transformers`. Returns who served it.
+    """
+    import torch
+
+    from core.config import EngineConfig
+    from core.llm import LLM
+    from core.plain_module import plain_module
+    from core.plugins import PluginHost
+
+    asked = [list(prompt) for prompt in prompts or default_prompts()]
+    config = EngineConfig.from_options(model=str(model), **{**tight_options(model_impl), **options})
+    host = PluginHost.load(disable=config.disable_plugins)
+    checkpoint = host.open_checkpoint(str(model), config)
+    method = host.quant_method(checkpoint.spec, config)
+    if method is None:
+        raise ConfigError(f"{model} is not quantized, and no quantization is asked for.")
+    module = plain_module(checkpoint, torch.float32, config.trust_remote_code, method)
+    module.generation_config.eos_token_id = list(checkpoint.spec.eos_token_ids) or None
+    wanted = answers_of(module, asked, max_tokens)
+    with LLM(model=str(model), **{**tight_options(model_impl), **options}) as llm:
+        assert_serves(llm, asked, wanted, tolerance)
+        return llm.model_impl_name
+
+
 def tight_options(model_impl: str) -> dict[str, Any]:
     """Return LLM's options for a comparison: blocks and steps so small that short prompts go through several."""
     tight: dict[str, Any] = {"block_size": 4, "max_num_batched_tokens": 7, "dtype": "float32", "device": "cpu"}
@@ -167,9 +203,13 @@ def transformers_answers(
     use_cache: bool = True,
 ) -> list[Answer]:
     """Return what transformers' own `generate` answers to each prompt alone: greedy, float32, on the CPU."""
+    return answers_of(_reference(folder, trust_remote_code), prompts, max_tokens, use_cache)
+
+
+def answers_of(module: Any, prompts: Sequence[Sequence[int]], max_tokens: int, use_cache: bool = True) -> list[Answer]:
+    """Return what `generate` of a transformers module answers to each prompt alone, greedily."""
     import torch
 
-    module = _reference(folder, trust_remote_code)
     limits = {
         "max_new_tokens": max_tokens,
         "use_cache": use_cache,
@@ -266,6 +306,9 @@ class EchoCheckpoint:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         return iter(())
+
+    def tensor(self, name: str) -> Tensor:
+        raise CheckpointError(f"The echo model has no tensor {name!r}.")
 
 
 class EchoPlugin:

@@ -105,7 +105,8 @@ def _ask_plain(
     checkpoint: Checkpoint, config: EngineConfig, host: PluginHost, text: str | None, seconds: float
 ) -> _Plain:
     spec, device = checkpoint.spec, _device(config)
-    module = load_plain(checkpoint, choose_dtype(config.dtype, spec, device), device, config.trust_remote_code)
+    dtype, method = choose_dtype(config.dtype, spec, device), host.quant_method(spec, config)
+    module = load_plain(checkpoint, dtype, device, config.trust_remote_code, method)
     longest = choose_model_len(config, spec) - GREEDY_TOKENS
     if longest < 1:
         raise ConfigError(f"max_model_len must be more than {GREEDY_TOKENS} to verify a model; give a larger one.")

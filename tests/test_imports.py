@@ -17,9 +17,12 @@ LAYERS = [
     {"errors", "json_files", "threads"},
     {"spec", "config", "sampling_params", "outputs", "engine_info"},
     {"request", "batch", "contracts", "hookspecs"},
+    {"safetensors_file"},
     {"blocks", "model_loader", "attention", "layers", "kernels", "weights", "demo"},
+    {"quant_weights"},
     {"scheduler", "plugin_loading", "plugin_checks", "plugin_report", "choice", "quant_claims", "builtin", "plugins"},
     {"runner", "sampler", "sampling", "tokenizer", "detokenizer"},
+    {"plain_module"},
     {"engine_build", "engine", "llm", "testing", "testing_configs", "metrics", "probe"},
     {
         "verify",

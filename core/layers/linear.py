@@ -1,20 +1,25 @@
-"""Linear layers, and the layout that makes them fast on a CPU.
+"""Linear layers, and what makes them fast once their weights are there: kernels, or a better layout.
 
-Plain F.linear wastes up to four times the time at 2 to 64 rows, where serving lives. oneDNN with a weight that is
-reordered once is near the memory bound there and no slower elsewhere, so float32 weights on a CPU are packed after
+A linear whose weight a plugin's kernels can read as it is (quantized, or floats of two bytes) calls the kernel. For the
+others: plain F.linear wastes up to four times the time at 2 to 64 rows, where serving lives. oneDNN with a weight that
+is reordered once is near the memory bound there and no slower elsewhere, so float32 weights on a CPU are packed after
 loading; the reordered tensor takes the place of the plain one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.errors import CheckpointError
+from core.layers.quantized import QuantizedLinear, QuantizedTensor
+
+if TYPE_CHECKING:
+    from core.contracts import Kernels
 
 Loader = Callable[[Tensor], None]
 ROWS_HINT = 32  # rows that oneDNN chooses the layout for; the same layout serves all batch sizes
@@ -34,6 +39,27 @@ def copy_checked(name: str, target: Tensor) -> Loader:
     return load
 
 
+def fill_weight(name: str, layer: nn.Module) -> Loader:
+    """Return a loader of `layer.weight`: floats are copied into it, a quantized tensor takes its place."""
+
+    def load(tensor: Tensor) -> None:
+        target = layer.weight
+        assert isinstance(target, Tensor)
+        if isinstance(tensor, QuantizedTensor) and tensor.shape == target.shape:
+            layer.weight = nn.Parameter(tensor.as_dtype(target.dtype), requires_grad=False)
+        else:
+            layer.weight = on_device(target, tensor.device)
+            copy_checked(name, layer.weight)(tensor)
+
+    return load
+
+
+def on_device(weight: Tensor, device: torch.device) -> nn.Parameter:
+    """Return a weight that was made without memory (on "meta") as an empty one on a device; any other as it is."""
+    made = torch.empty_like(weight, device=device) if weight.is_meta else weight
+    return made if isinstance(made, nn.Parameter) else nn.Parameter(made, requires_grad=False)
+
+
 class Linear(nn.Module):
     """y = x @ weight.T + bias; x [..., in], weight [out, in]."""
 
@@ -45,7 +71,7 @@ class Linear(nn.Module):
 
     def loaders(self, name: str) -> dict[str, Loader]:
         """Return what fills this layer, by the checkpoint's tensor name."""
-        found = {f"{name}.weight": copy_checked(f"{name}.weight", self.weight)}
+        found = {f"{name}.weight": fill_weight(f"{name}.weight", self)}
         if self.bias is not None:
             found[f"{name}.bias"] = copy_checked(f"{name}.bias", self.bias)
         return found
@@ -55,22 +81,67 @@ class Linear(nn.Module):
 
 
 class MergedLinear(Linear):
-    """Several linears over one input as one: their outputs stand side by side."""
+    """Several linears over one input as one: their outputs stand side by side.
+
+    Quantized weights whose rows do not fit into one tensor stay linears of their own, in `parts`.
+    """
 
     def __init__(self, in_features: int, sizes: Sequence[int], bias: bool, dtype: torch.dtype) -> None:
         super().__init__(in_features, sum(sizes), bias, dtype)
         self.sizes = list(sizes)
+        self.parts: nn.ModuleList | None = None
+        self._waiting: dict[int, Tensor] = {}  # weights that came while others of this layer have not
 
     def merged_loaders(self, names: Sequence[str]) -> dict[str, Loader]:
         """Return what fills each part; names stand in the order of the sizes."""
         found: dict[str, Loader] = {}
         start = 0
-        for name, size in zip(names, self.sizes, strict=True):
-            found[f"{name}.weight"] = copy_checked(f"{name}.weight", self.weight.narrow(0, start, size))
+        for index, (name, size) in enumerate(zip(names, self.sizes, strict=True)):
+            found[f"{name}.weight"] = self._part_loader(f"{name}.weight", index, start, size)
             if self.bias is not None:
                 found[f"{name}.bias"] = copy_checked(f"{name}.bias", self.bias.narrow(0, start, size))
             start += size
         return found
+
+    def _part_loader(self, name: str, index: int, start: int, size: int) -> Loader:
+        def load(tensor: Tensor) -> None:
+            if not self.weight.is_meta:
+                copy_checked(name, self.weight.narrow(0, start, size))(tensor)
+                return
+            if tensor.shape != (size, self.in_features):
+                raise CheckpointError(
+                    f"Tensor {name} has shape {list(tensor.shape)}, but this model's config asks for "
+                    f"{[size, self.in_features]}."
+                )
+            self._waiting[index] = tensor.to(self.weight.dtype)
+            if len(self._waiting) == len(self.sizes):
+                self._merge([self._waiting.pop(part) for part in range(len(self.sizes))])
+
+        return load
+
+    def _merge(self, weights: Sequence[Tensor]) -> None:
+        first = weights[0]
+        plain = not any(isinstance(weight, QuantizedTensor) for weight in weights)
+        if plain or (isinstance(first, QuantizedTensor) and all(first.joins(weight) for weight in weights[1:])):
+            self.weight = nn.Parameter(torch.cat(list(weights)), requires_grad=False)
+            return
+        biases = [None] * len(weights) if self.bias is None else self.bias.split(self.sizes)
+        self.parts = nn.ModuleList(_holding(*pair) for pair in zip(weights, biases, strict=True))
+        self.weight, self.bias = None, None  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.parts is not None:
+            return torch.cat([part(x) for part in self.parts], -1)
+        return F.linear(x, self.weight, self.bias)
+
+
+def _holding(weight: Tensor, bias: Tensor | None) -> Linear:
+    """Return a linear of these very tensors."""
+    with torch.device("meta"):
+        layer = Linear(weight.shape[1], weight.shape[0], bias is not None, weight.dtype)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return layer
 
 
 class PackedLinear(nn.Module):
@@ -104,6 +175,23 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, oneDNN order"
 
 
+class KernelLinear(nn.Module):
+    """A linear over a plain weight that a kernel reads as it is."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernel: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.kernel = kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernel(x)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.weight.dtype}, kernel"
+
+
 def rounded_rows(rows: int) -> int:
     """Round up to one of eight sizes between powers of two: 16, 18, 20 ... 32, 36 ...
 
@@ -124,43 +212,58 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
-def pack(layer: nn.Module) -> nn.Module:
-    """Return the packed form of a plain linear, or the layer itself where it cannot be packed."""
+def pack(layer: nn.Module, kernels: Kernels | None = None) -> nn.Module:
+    """Return the fast form of a plain linear, or the layer itself where there is none.
+
+    A quantized weight is never turned into floats: without a kernel it is computed with by torch, some rows at a time.
+    """
     weight, bias = layer.weight, layer.bias
-    if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)) or not can_pack(weight):
+    if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
         return layer
-    return PackedLinear(weight, bias)
+    kernel = None if kernels is None or weight.dim() != 2 else kernels.linear(weight, bias)
+    if isinstance(weight, QuantizedTensor):
+        return QuantizedLinear(weight, bias, kernel) if weight.dim() == 2 else layer
+    if kernel is not None:
+        return KernelLinear(weight, bias, kernel)
+    return PackedLinear(weight, bias) if can_pack(weight) else layer
 
 
 def pack_linears(
     model: nn.Module,
     kinds: tuple[type[nn.Module], ...] = (Linear, MergedLinear),
     only: Collection[nn.Module] | None = None,
+    kernels: Kernels | None = None,
 ) -> int:
     """Pack every linear of exactly these kinds (and in `only`) in a module tree, one at a time; return how many.
 
-    Linears whose weight is shared with another module are packed too: the other keeps the plain tensor. Subclasses
-    are left alone, since they may compute something else.
+    `kernels` are the device's (`BuildContext.kernels`), asked first. Linears whose weight is shared with another module
+    are packed too: the other keeps the plain tensor, and a weight that a kernel reads stays the one they share.
+    Subclasses are left alone, since they may compute something else.
     """
     packed: dict[int, nn.Module] = {}
-    for parent in list(model.modules()):
+    # The list must not hold the linears themselves: each one's plain weight is to go before the next is packed.
+    for parent in [part for part in model.modules() if type(part) not in kinds]:
         for name, child in list(parent.named_children()):
             if type(child) not in kinds or (only is not None and child not in only):
                 continue
             if id(child) not in packed:
-                packed[id(child)] = pack(child)
+                packed[id(child)] = pack(child, kernels)
             if packed[id(child)] is not child:
                 setattr(parent, name, packed[id(child)])
-    return sum(isinstance(layer, PackedLinear) for layer in packed.values())
+    return sum(isinstance(layer, _PACKED) for layer in packed.values())
+
+
+_PACKED = (PackedLinear, KernelLinear, QuantizedLinear)
 
 
 def unpack_linears(model: nn.Module) -> None:
-    """Put plain torch linears in the place of packed ones, with the very same weights."""
+    """Put plain torch linears in the place of packed ones, with the very same weights, quantized or not."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, PackedLinear):
+            if isinstance(child, _PACKED):
                 plain = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None, device="meta")
-                plain.weight = nn.Parameter(child.weight, requires_grad=False)
+                weight = child.weight
+                plain.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
                 plain.register_parameter("bias", child.bias)
                 setattr(parent, name, plain)
 

@@ -145,8 +145,9 @@ def _as_floats(values: Iterable[Any]) -> list[Any]:
 
 
 def _to_copy(weight: QuantizedTensor, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Tensor:
-    moved = weight.remake(lambda part: part.to(device)) if device is not None else weight.remake(Tensor.clone)
-    return moved if dtype is None else moved.as_dtype(dtype)
+    """Parts are read only, so that a weight of another dtype shares them."""
+    moved = weight if device is None else weight.remake(lambda part: part.to(device))
+    return moved.remake(lambda part: part) if dtype is None else moved.as_dtype(dtype)
 
 
 def _equal_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

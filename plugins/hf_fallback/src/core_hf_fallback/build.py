@@ -57,8 +57,6 @@ class Loaded:
 
 def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Model | Refusal:
     """Build one tier, or refuse with what the probe found."""
-    if context.quant_method is not None:
-        return Refusal(f"quantization method {context.quant_method.name!r} is not wired into this implementation yet")
     loaded = context.shared.get(SHARED)
     if loaded is None:
         warn_if_untested()
@@ -81,7 +79,7 @@ def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
     try:
         with calls_of(loaded.module, nn.Linear) as called:
             model = PagedModel(loaded.module, binding)
-        pack_linears(loaded.module, kinds=(nn.Linear,), only=called)
+        pack_linears(loaded.module, kinds=(nn.Linear,), only=called, kernels=context.kernels)
         wrong = loaded.probe.difference(model, context.make_attention(), context.device)
     except (NotPaged, CoreError) as reason:
         wrong = str(reason)
@@ -143,7 +141,7 @@ def _probed_rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model |
             break
     if wrong is not None:
         return Refusal(wrong)
-    pack_linears(loaded.module, kinds=(nn.Linear,), only=called)
+    pack_linears(loaded.module, kinds=(nn.Linear,), only=called, kernels=context.kernels)
     wrong = rows_difference(_run(model, size, device), wanted, tolerance)
     return model if wrong is None else Refusal(f"with packed linears, {wrong}")
 

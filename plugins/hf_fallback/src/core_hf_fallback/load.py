@@ -5,9 +5,9 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from core.contracts import Checkpoint
+from core.contracts import Checkpoint, QuantMethod
 from core.errors import CheckpointError
 from core.model_loader import BuildContext
 from core.spec import ModelSpec
@@ -18,20 +18,33 @@ def load_module(checkpoint: Checkpoint, context: BuildContext) -> nn.Module:
     try:
         with ThreadPoolExecutor(1) as reader:
             # Decoding a file takes a second, and so does importing transformers: they go side by side.
-            tensors = reader.submit(dict, checkpoint.tensors()) if checkpoint.spec.format != "hf" else None
+            is_read = context.quant_method is not None or checkpoint.spec.format != "hf"
+            tensors = reader.submit(_read, checkpoint, context) if is_read else None
             model, info = _from_pretrained(checkpoint, context, tensors)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"transformers cannot load {checkpoint.spec.path}: {type(error).__name__}: {error}"
         ) from error
     _check(checkpoint.spec, info)
-    return model.eval().to(context.device)
+    if context.quant_method is None:
+        return model.eval().to(context.device)
+    from core_hf_fallback.quantized import settle
+
+    return settle(model, context.device)
+
+
+def _read(checkpoint: Checkpoint, context: BuildContext) -> dict[str, Any]:
+    if context.quant_method is None:
+        return dict(checkpoint.tensors())
+    from core_hf_fallback.quantized import state_dict_of
+
+    return state_dict_of(checkpoint, context.quant_method, context.dtype)
 
 
 def _from_pretrained(
-    checkpoint: Checkpoint, context: BuildContext, tensors: Future[dict[str, Tensor]] | None
+    checkpoint: Checkpoint, context: BuildContext, tensors: Future[dict[str, Any]] | None
 ) -> tuple[Any, dict[str, Any]]:
-    """Return the module and transformers' report; `tensors` for a format that transformers cannot open."""
+    """Return the module and transformers' report; `tensors` for what transformers does not open by itself."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -40,6 +53,8 @@ def _from_pretrained(
     # Names in the file may differ from the module's; transformers' own loader knows how to rename and fuse them.
     arguments: dict[str, Any] = {"config": config, "dtype": context.dtype, "output_loading_info": True}
     arguments["ignore_mismatched_sizes"] = True  # they are refused by _check, which names them
+    if context.quant_method is not None:
+        arguments |= _quantized_arguments(config, context.quant_method)
     if tensors is not None:
         model, info = model_class.from_pretrained(None, state_dict=tensors.result(), **arguments)
         return model, info
@@ -47,6 +62,14 @@ def _from_pretrained(
         arguments["trust_remote_code"] = True
     model, info = model_class.from_pretrained(str(checkpoint.spec.path), **arguments)
     return model, info
+
+
+def _quantized_arguments(config: Any, method: QuantMethod) -> dict[str, Any]:
+    from core_hf_fallback.quantized import OnTheFly, drop_quantization
+
+    drop_quantization(config)
+    eager = {"experts_implementation": "eager"}  # one expert at a time: the others would make all of them floats
+    return eager | ({"quantization_config": OnTheFly(method)} if method.on_the_fly else {})
 
 
 def _config(spec: ModelSpec, context: BuildContext) -> Any:
@@ -62,8 +85,11 @@ def _model_class(spec: ModelSpec, config: Any, context: BuildContext) -> Any:
     """The class that saved the checkpoint, where transformers has it: the Auto class does not map every text config."""
     import transformers
 
-    if spec.auto_map.get("AutoModelForCausalLM"):
+    reference = spec.auto_map.get("AutoModelForCausalLM")
+    if reference and context.quant_method is None:
         return transformers.AutoModelForCausalLM
+    if reference and context.options.trust_remote_code:  # Auto reads such a class only beside weights of its own
+        return transformers.dynamic_module_utils.get_class_from_dynamic_module(reference, str(spec.path))
     named = getattr(transformers, spec.architecture, None) if spec.architecture else None
     if isinstance(named, type) and hasattr(named, "generate"):
         return named

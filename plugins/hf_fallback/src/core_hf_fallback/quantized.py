@@ -1,0 +1,139 @@
+"""Quantized weights on their way through transformers' loader, which renames, stacks and ties them as floats.
+
+No second copy of the model ever exists: a tensor that was read is handed out once, one that was not is read when it is
+asked for, and on the fly each weight is quantized as soon as it is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from core.contracts import Checkpoint, QuantMethod
+from core.layers import QuantizedTensor
+from core.quant_weights import linear_weights
+
+NAME = "core_serve"  # of our quantizer among transformers'
+
+
+class Held:
+    """A tensor that is handed out once: the loader keeps its list of all of them to the end."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor: Tensor | None = tensor
+
+    def __getitem__(self, whole: Any) -> Tensor:
+        tensor, self._tensor = self._tensor, None
+        assert tensor is not None, "a tensor was asked for twice"
+        return tensor
+
+
+class Unread:
+    """A tensor that is read from the checkpoint when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint, self._name = checkpoint, name
+
+    def __getitem__(self, whole: Any) -> Tensor:
+        return self._checkpoint.tensor(self._name)
+
+
+def state_dict_of(checkpoint: Checkpoint, method: QuantMethod, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what `from_pretrained(None, state_dict=...)` takes."""
+    if method.on_the_fly:
+        return {name: Unread(checkpoint, name) for name in checkpoint.tensor_names()}
+    return {name: Held(tensor) for name, tensor in method.tensors(checkpoint, dtype)}
+
+
+def drop_quantization(config: Any) -> None:
+    """Take quantization_config out of a config, so that the module is built plain."""
+    for one in (config, config.get_text_config()):
+        if hasattr(one, "quantization_config"):
+            del one.quantization_config
+
+
+def settle(model: Any, device: torch.device) -> nn.Module:
+    """Return a loaded module in eval mode on its device, without traces of our quantizer; tied weights stay tied."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    model.eval().requires_grad_(False)
+    moved: dict[int, nn.Parameter] = {}
+    for part in model.modules():
+        for name, weight in part._parameters.items():
+            if isinstance(weight, QuantizedTensor) and weight.device.type != device.type:
+                if id(weight) not in moved:
+                    moved[id(weight)] = nn.Parameter(weight.to(device), requires_grad=False)
+                part._parameters[name] = moved[id(weight)]
+    return model.to(device) if device.type != "cpu" else model
+
+
+# ------------------------------------------------------------------------------------------------ on the fly
+
+
+class OnTheFly(QuantizationConfigMixin):
+    """Names our quantizer to `from_pretrained`, and carries the method to it."""
+
+    def __init__(self, method: QuantMethod) -> None:
+        super().__init__(quant_method=NAME)
+        self.method = method
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnTheFly:
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": NAME, "method": self.method.name}
+
+
+class OnTheFlyQuantizer(HfQuantizer):
+    """Quantizes the weights of linears and stacks of experts while they are loaded, one at a time."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: OnTheFly, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.method = quantization_config.method
+        self.done: set[str] = set()
+        self._linears: set[str] | None = None
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """False once it is done: transformers compares shapes only of what needs no quantization."""
+        if self._linears is None:
+            self._linears = linear_weights(model)
+        return param_name in self._linears and param_name not in self.done
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+class _Quantize(ConversionOps):
+    def __init__(self, quantizer: OnTheFlyQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return dict(self._quantized(input_dict))
+
+    def _quantized(self, tensors: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        for name in list(tensors):
+            held = tensors.pop(name)
+            weight = held[0] if isinstance(held, list) else held
+            del held
+            self.quantizer.done.add(name)
+            yield name, self.quantizer.method.quantize(name, weight)
+
+
+AUTO_QUANTIZER_MAPPING.setdefault(NAME, OnTheFlyQuantizer)
+AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(NAME, OnTheFly)
