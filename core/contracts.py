@@ -204,7 +204,7 @@ class QuantMethod(Protocol):
 
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """What `core-serve quantize` was asked for; None = the method's own choice. A method refuses what it has no use for."""
+    """What `core-serve quantize` was asked for; None = the method's choice. A method refuses what it has no use for."""
 
     group_size: int | None = None  # weights of a row that share a scale; -1 = a whole row
     symmetric: bool | None = None  # no zero points
@@ -227,11 +227,11 @@ class Quantizer(Protocol):
         ...
 
     def restore(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return the float32 weight [out, in] that one linear's tensors stand for: later layers see what it computes."""
+        """Return the float32 weight [out, in] that one linear's tensors stand for; later layers are run with it."""
         ...
 
     def config(self, in_floats: Sequence[str]) -> Mapping[str, Any]:
-        """Return `quantization_config` for config.json; `in_floats` names the model's linears that are not quantized."""
+        """Return `quantization_config` for config.json; `in_floats` names the linears that are not quantized."""
         ...
 
 

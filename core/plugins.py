@@ -18,11 +18,11 @@ import core
 from core import builtin, hookspecs
 from core.choice import Choice, Wish, choose
 from core.contracts import Bid, Refusal
-from core.errors import CheckpointError, PluginError
+from core.errors import CheckpointError, ConfigError, PluginError
 from core.plugin_checks import HOOKS, check_hooks
 from core.plugin_loading import BUILTIN, Candidate, Loaded, bring_in, find
 from core.plugin_report import PluginInfo
-from core.quant_claims import settle_claims
+from core.quant_claims import nobody_quantizes, settle_claims
 
 if TYPE_CHECKING:
     import click
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
         Checkpoint,
         Kernels,
         Model,
+        QuantizeSettings,
+        Quantizer,
         QuantMethod,
         RequestRecord,
         StepStats,

@@ -5,7 +5,14 @@ from core.layers.embedding import Embedding, Head
 from core.layers.linear import Linear, MergedLinear, pack_linears, unpack_linears
 from core.layers.mlp import GatedMLP
 from core.layers.norm import RMSNorm
-from core.layers.quant_formats import AffineTensor, TableTensor, pack_codes, unpack_codes
+from core.layers.quant_formats import (
+    AffineTensor,
+    Float8Tensor,
+    TableTensor,
+    float8_tensor,
+    pack_codes,
+    unpack_codes,
+)
 from core.layers.quantized import QuantizedLinear, QuantizedTensor
 from core.layers.rotary import Rotary, RotaryError, apply_rotary
 
@@ -13,6 +20,7 @@ __all__ = [
     "AffineTensor",
     "Attention",
     "Embedding",
+    "Float8Tensor",
     "GatedMLP",
     "Head",
     "Linear",
@@ -24,6 +32,7 @@ __all__ = [
     "RotaryError",
     "TableTensor",
     "apply_rotary",
+    "float8_tensor",
     "pack_codes",
     "pack_linears",
     "unpack_codes",

@@ -1,4 +1,4 @@
-"""DecoderLayer: what a quantizer is given, one at a time: a layer's linears and the inputs that they see in calibration."""
+"""DecoderLayer: what a quantizer is given: one layer's linears, and the inputs that they see in calibration."""
 
 from __future__ import annotations
 

@@ -52,7 +52,9 @@ class March:
         self._now: _Walker | None = None
 
     def __iter__(self) -> Iterator[tuple[int, list[Call]]]:
-        hooks = [layer.register_forward_pre_hook(self._stop(n), with_kwargs=True) for n, layer in enumerate(self.layers)]
+        hooks = [
+            layer.register_forward_pre_hook(self._stop(n), with_kwargs=True) for n, layer in enumerate(self.layers)
+        ]
         try:
             while (index := self._advance()) is not None:
                 yield index, [walker.call for walker in self.walkers if walker.call is not None]

@@ -162,7 +162,9 @@ class _Work:
             linears[linear].weight.data.copy_(self.quantizer.restore(parts))
         replaced = {f"{name}.{linear}.weight" for linear in made}
         kept = {key: value for key, value in self._state(name).items() if key not in replaced}
-        return kept | {f"{name}.{linear}.{suffix}": part for linear, parts in made.items() for suffix, part in parts.items()}
+        return kept | {
+            f"{name}.{linear}.{suffix}": part for linear, parts in made.items() for suffix, part in parts.items()
+        }
 
     def _shared(self, index: int) -> frozenset[int]:
         own = {id(module) for module in self.layers[index].modules()}

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from core.quantize.layer import DecoderLayer, InputGroup, LeafCall
 from torch import Tensor, nn
+
+from core.quantize.layer import DecoderLayer, InputGroup, LeafCall
 
 EXACT = 1e-4  # of the largest output: what float32 rounding moves at most, and a wrong fold by far exceeds
 

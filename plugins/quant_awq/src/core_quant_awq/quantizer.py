@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
-import torch
-from core.contracts import QuantizeSettings
-from core.quantize.layer import DecoderLayer, InputGroup
 from torch import Tensor
 
-from core_quant_awq.absorb import Absorber, apply_scale, find_absorber
+from core.contracts import QuantizeSettings
+from core.quantize.layer import DecoderLayer, InputGroup
+from core_quant_awq.absorb import apply_scale, find_absorber
 from core_quant_awq.rounding import Rounding
 from core_quant_awq.search import best_clip, best_scale, clip_groups
 

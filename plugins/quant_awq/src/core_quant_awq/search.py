@@ -69,7 +69,9 @@ def _some_rows(weight: Tensor) -> Tensor:
     return weight[torch.linspace(0, len(weight) - 1, MAX_ROWS).long()]
 
 
-def best_clip(weight: Tensor, gram: Tensor, group_size: int, round_clipped: Callable[[Tensor, float], Tensor]) -> Tensor:
+def best_clip(
+    weight: Tensor, gram: Tensor, group_size: int, round_clipped: Callable[[Tensor, float], Tensor]
+) -> Tensor:
     """Return the weight with each group's extremes cut off where that lessens the group's own output error.
 
     round_clipped(weight, share) rounds after every group's extremes are cut to a share of themselves.
