@@ -34,6 +34,7 @@ LAYERS = [
         "verify_served",
         "verify_texts",
     },
+    {"quantize"},
     {"supported_check", "supported_models"},
     {"server"},
     {"cli", "commands"},

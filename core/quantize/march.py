@@ -138,7 +138,7 @@ class _Walker:
                 model(input_ids=torch.tensor([list(sample)], device=device), use_cache=False)
         except _Ended:
             pass
-        except BaseException as error:  # raised again in the thread that waits
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
             self._error = error
         finally:
             self._stopped.release()

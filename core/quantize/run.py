@@ -29,6 +29,7 @@ from core.verify_plain import load_plain
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 FEWEST_ROWS = 64  # a linear of fewer stays in floats: routers and small gates, which cost little and matter much
+DEFAULTS = QuantizeSettings()
 Progress = Callable[[int, int], None]  # layers that are done, layers in all
 
 
@@ -39,7 +40,7 @@ class QuantizeJob:
     model: str
     method: str
     output: Path
-    settings: QuantizeSettings = QuantizeSettings()
+    settings: QuantizeSettings = DEFAULTS
     text: Path | None = None  # None: the shipped text
     samples: int | None = 64  # at most
     sample_length: int = 512  # tokens
@@ -61,7 +62,7 @@ class QuantizeReport:
 
 
 def quantize(job: QuantizeJob, host: PluginHost, progress: Progress = lambda done, total: None) -> QuantizeReport:
-    """Write job.output. Raises ConfigError for settings that do not fit, CheckpointError for a model that cannot load."""
+    """Write job.output. Raises ConfigError for settings that do not fit, CheckpointError for a bad model."""
     options = EngineConfig(model=job.model, device=job.device, trust_remote_code=job.trust_remote_code)
     quantizer = host.quantizer(job.method, job.settings)
     checkpoint = host.open_checkpoint(job.model, options)
@@ -172,7 +173,7 @@ class _Work:
         return frozenset(id(parameter) for module in others for parameter in module.parameters(recurse=False))
 
     def _state(self, prefix: str = "") -> dict[str, Tensor]:
-        """The module's tensors in the dtype in which they are saved, tied ones once; the module then has these values."""
+        """The module's tensors, tied ones once, in the dtype that they are saved in; the module then has these values."""
         found: dict[str, Tensor] = {}
         seen: set[int] = set()
         for name, tensor in self.model.state_dict().items():

@@ -1,4 +1,4 @@
-"""The folder that a quantized checkpoint grows in: a file for each decoder layer, so that a run can go on where it ended.
+"""The folder that a quantized checkpoint grows in: a file for each decoder layer, so that a run can go on.
 
 A state file says what the finished shards are of; it goes when the last one is written and the index takes its place.
 """

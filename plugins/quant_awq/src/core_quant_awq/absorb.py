@@ -101,7 +101,7 @@ def _norms(call: LeafCall, width: int) -> Iterator[Absorber]:
 
 
 def _rows(call: LeafCall, width: int, layer: DecoderLayer) -> Iterator[Absorber]:
-    """All rows of an earlier linear; the last or first ones of a fused one; each for several heads (grouped queries)."""
+    """All rows of an earlier linear, or the last or first of a fused one; each for several heads (grouped queries)."""
     linear = call.module
     assert isinstance(linear, nn.Linear)
     out = linear.out_features

@@ -58,13 +58,9 @@ class CompressedTensorsMethod:
 
     def _say(self) -> None:
         if any(scheme.quantizes_inputs for scheme in self.schemes):
-            logger.warning(
-                "compressed-tensors: the checkpoint was made for 8 bit activations; they stay in floats here"
-            )
+            logger.warning("compressed-tensors: made for 8 bit activations; they stay in floats here")
         if self.quantizes_cache:
-            logger.warning(
-                "compressed-tensors: the checkpoint was made for an 8 bit K/V cache; it stays in floats here"
-            )
+            logger.warning("compressed-tensors: made for an 8 bit K/V cache; it stays in floats here")
 
     def _weight(self, checkpoint: Checkpoint, module: str, parts: set[str], dtype: torch.dtype) -> QuantizedTensor:
         example = f"{module}.{sorted(parts)[0]}"
@@ -72,9 +68,7 @@ class CompressedTensorsMethod:
             raise CheckpointError(f"{located(checkpoint, example)} is quantized, and the config ignores its module.")
         scheme = scheme_of(module, self.schemes)
         if scheme is None:
-            raise CheckpointError(
-                f"{located(checkpoint, example)} is quantized, and no group of the config targets it."
-            )
+            raise CheckpointError(f"{located(checkpoint, example)} is quantized, and no config group targets it.")
         try:
             return build_weight({part: checkpoint.tensor(f"{module}.{part}") for part in parts}, scheme, dtype)
         except Misfit as problem:
