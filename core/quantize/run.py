@@ -28,7 +28,8 @@ from core.verify_layers import decoder_layers
 from core.verify_plain import load_plain
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
-FEWEST_ROWS = 64  # a linear of fewer stays in floats: routers and small gates, which cost little and matter much
+FEWEST_ROWS = 16  # a linear of fewer stays in floats, and so does one of few for its inputs: routers, small gates and
+NARROW = 32  # the like cost little and matter much
 DEFAULTS = QuantizeSettings()
 Progress = Callable[[int, int], None]  # layers that are done, layers in all
 
@@ -173,7 +174,7 @@ class _Work:
         return frozenset(id(parameter) for module in others for parameter in module.parameters(recurse=False))
 
     def _state(self, prefix: str = "") -> dict[str, Tensor]:
-        """The module's tensors, tied ones once, in the dtype that they are saved in; the module then has these values."""
+        """The module's tensors, tied ones once, in the dtype to save in; the module then has these values."""
         found: dict[str, Tensor] = {}
         seen: set[int] = set()
         for name, tensor in self.model.state_dict().items():
@@ -228,7 +229,11 @@ def _owner(name: str, paths: set[str]) -> str | None:
 
 def _linears(layer: nn.Module) -> dict[str, nn.Linear]:
     found = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-    return {name: module for name, module in found.items() if module.out_features >= FEWEST_ROWS}
+    return {
+        name: module
+        for name, module in found.items()
+        if module.out_features >= FEWEST_ROWS and module.out_features * NARROW > module.in_features
+    }
 
 
 def _save_dtype(job: QuantizeJob, checkpoint: Checkpoint) -> torch.dtype:

@@ -21,7 +21,7 @@ class IntQuantizer:
     """A `core.contracts.Quantizer`. Each group takes the range, of a few, that rounds its weights best."""
 
     calibrates = False
-    group_sizes = (-1, 32, 64, 128)
+    group_sizes = (-1, 16, 32, 64, 128)
 
     def __init__(self, bits: int, settings: QuantizeSettings) -> None:
         if settings.desc_act is not None:
