@@ -33,6 +33,11 @@ def weight_stream(
             yield name, tensor.to(context.device)
 
 
+def says_nothing(name: str, tensor: Tensor) -> bool:
+    """True for a bias of zeros: some formats store one for every linear, also for those that have none."""
+    return name.endswith(".bias") and not bool(tensor.any())
+
+
 def by_module(names: Iterable[str], parts: Collection[str]) -> tuple[dict[str, set[str]], list[str]]:
     """Sort a checkpoint's names: module -> which of `parts` it has ("qweight", "scales"); and all other names.
 

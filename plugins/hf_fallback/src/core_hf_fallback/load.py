@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from core.contracts import Checkpoint, QuantMethod
 from core.errors import CheckpointError
 from core.model_loader import BuildContext
+from core.quant_weights import says_nothing
 from core.spec import ModelSpec
 
 
@@ -56,12 +58,19 @@ def _from_pretrained(
     if context.quant_method is not None:
         arguments |= _quantized_arguments(config, context.quant_method)
     if tensors is not None:
-        model, info = model_class.from_pretrained(None, state_dict=tensors.result(), **arguments)
+        state_dict = tensors.result()
+        model, info = model_class.from_pretrained(None, state_dict=state_dict, **arguments)
+        if context.quant_method is not None:
+            info["unexpected_keys"] = _left_over(info["unexpected_keys"], state_dict)
         return model, info
     if checkpoint.spec.auto_map and context.options.trust_remote_code:
         arguments["trust_remote_code"] = True
     model, info = model_class.from_pretrained(str(checkpoint.spec.path), **arguments)
     return model, info
+
+
+def _left_over(names: Iterable[str], state_dict: Mapping[str, Any]) -> list[str]:
+    return [name for name in names if name not in state_dict or not says_nothing(name, state_dict[name][...])]
 
 
 def _quantized_arguments(config: Any, method: QuantMethod) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from core.layers import pack_linears
 from core.layers.embedding import Head, make_room
 from core.layers.linear import Linear, Loader, MergedLinear
 from core.model_loader import BuildContext
-from core.quant_weights import weight_stream
+from core.quant_weights import says_nothing, weight_stream
 from core.weights import load_strict
 from core_native_llama.config import LlamaConfig
 from core_native_llama.model import Layer, LlamaModel
@@ -25,7 +25,8 @@ def load(config: LlamaConfig, checkpoint: Checkpoint, context: BuildContext) -> 
         make_room(model, context.device)
     loaders = _loaders(model)
     tensors = weight_stream(checkpoint, context, linears=_linears(loaders))
-    load_strict(loaders, tensors, ignore=_ignored(config))
+    needed = (pair for pair in tensors if pair[0] in loaders or context.quant_method is None or not says_nothing(*pair))
+    load_strict(loaders, needed, ignore=_ignored(config))
     if config.tied:
         model.head.tie(model.embedding)  # a quantized embedding took the place of the one that was tied
     pack_linears(model, kinds=(Linear, MergedLinear, Head), kernels=context.kernels)
