@@ -18,6 +18,7 @@ from core.commands.explain import explain
 from core.commands.generate import generate
 from core.commands.options import engine_options
 from core.commands.plugins import plugins
+from core.commands.quantize import quantize
 from core.commands.serve import serve, server_options
 from core.commands.supported_models import supported_models
 from core.commands.verify import verify
@@ -25,7 +26,7 @@ from core.errors import CoreError
 from core.plugins import PluginHost
 
 PROG = "core-serve"
-COMMANDS: tuple[click.Command, ...] = (plugins, explain, generate, chat, supported_models, verify)
+COMMANDS: tuple[click.Command, ...] = (plugins, explain, generate, chat, supported_models, verify, quantize)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from core.batch import Batch
+    from core.quantize.layer import DecoderLayer
     from core.spec import ModelSpec
 
 T = TypeVar("T")
@@ -205,6 +206,39 @@ class QuantMethod(Protocol):
         Called on the fly only, once for each weight that a linear (or a stack of experts) multiplies with; not for
         embeddings and heads.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """What `core-serve quantize` was asked for; None = the method's choice. A method refuses what it has no use for."""
+
+    group_size: int | None = None  # weights of a row that share a scale; -1 = a whole row
+    symmetric: bool | None = None  # no zero points
+    desc_act: bool | None = None  # columns in the order of their importance
+
+
+class Quantizer(Protocol):
+    """Makes checkpoints in a format. `core-serve quantize` drives it through a model, one decoder layer at a time."""
+
+    name: str  # what --method calls it
+    calibrates: bool  # True: it needs to see what the layers see when a text runs through them
+    group_sizes: tuple[int, ...]  # that it knows, the usual ones; one that divides all widths is chosen. (): no groups
+
+    def quantize_layer(self, layer: DecoderLayer) -> Mapping[str, Mapping[str, Tensor]]:
+        """Return {linear: {suffix: tensor}}, e.g. {"mlp.up_proj": {"qweight": ..., "scales": ...}}, for one layer.
+
+        The checkpoint holds these tensors in place of the linear's `weight`; a linear that is left out stays in floats.
+        The layer's other parameters may be changed (a scale that is folded into a norm) and are saved as they are left.
+        """
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the float32 weight [out, in] that one linear's tensors stand for; later layers are run with it."""
+        ...
+
+    def config(self, in_floats: Sequence[str]) -> Mapping[str, Any]:
+        """Return `quantization_config` for config.json; `in_floats` names the linears that are not quantized."""
         ...
 
 

@@ -62,3 +62,12 @@ def _method_name(stated: Mapping[str, Any]) -> str:
     if isinstance(name, str):
         return name
     return "bitsandbytes" if stated.get("load_in_4bit") or stated.get("load_in_8bit") else "unnamed"
+
+
+MAKERS = {"int4": "compressed-tensors", "int8": "compressed-tensors", "bnb-nf4": "bnb", "bnb-int8": "bnb"}
+
+
+def nobody_quantizes(method: str) -> str:
+    """Return what to say where no plugin makes checkpoints by a method."""
+    short = MAKERS.get(method, method.replace("_", "-"))
+    return f"No installed plugin quantizes with {method!r}. Install one: pip install core-serve-quant-{short}"

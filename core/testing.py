@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.errors import CoreError
+from core.errors import ConfigError, CoreError
 from core.testing_checkpoints import packed_checkpoint, tiny_checkpoint
 from core.testing_configs import VOCAB
 from core.testing_echo import EchoCheckpoint, EchoModel, EchoPlugin

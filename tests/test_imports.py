@@ -45,6 +45,7 @@ LAYERS = [
         "verify_served",
         "verify_texts",
     },
+    {"quantize"},
     {"supported_check", "supported_models", "supported_page", "supported_results"},
     {"server"},
     {"cli", "commands"},
