@@ -106,9 +106,6 @@ def paged_decode_kernel(
     acc_rest = tl.zeros([BLOCK_M, V_REST if V_REST > 0 else 1], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    if sinks is not None and not MERGED:
-        peak = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
-        total += 1.0
     slope = tl.zeros([BLOCK_M], tl.float32)
     if slopes is not None:
         slope = tl.load(slopes + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
@@ -149,18 +146,29 @@ def paged_decode_kernel(
         PRECISION,
         WIDEN,
     )
-    share = 1.0 / tl.where(total > 0, total, 1.0)
+    some = tl.where(total > 0, total, 1.0)
+    share = (1.0 / some)[:, None]
+    acc *= share
+    acc_rest *= share
+    log = tl.where(total > 0, peak + tl.log2(some), float("-inf"))
     if MERGED:
         place = (row.to(tl.int64) * KV_HEADS * GROUP + head) * splits + split
-        tl.store(log_total + place, tl.where(total > 0, peak + tl.log2(total), float("-inf")), mask=valid)
-        store_part(partial, place * V_DIM, valid, acc * share[:, None], V_DIM, 0, V_MAIN, WIDEN)
+        tl.store(log_total + place, log, mask=valid)
+        store_part(partial, place * V_DIM, valid, acc, V_DIM, 0, V_MAIN, WIDEN)
         if V_REST > 0:
-            store_part(partial, place * V_DIM, valid, acc_rest * share[:, None], V_DIM, V_MAIN, V_REST, WIDEN)
+            store_part(partial, place * V_DIM, valid, acc_rest, V_DIM, V_MAIN, V_REST, WIDEN)
     else:
+        if sinks is not None:  # as merge_splits.py does it, bit by bit
+            sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
+            higher = tl.maximum(sink, log)
+            weight = tl.exp2(log - higher)
+            joined = (tl.exp2(sink - higher) + weight)[:, None]
+            acc = acc * weight[:, None] / joined
+            acc_rest = acc_rest * weight[:, None] / joined
         out_rows = token.to(tl.int64) * out_token + head * out_head
-        store_part(out, out_rows, valid, acc * share[:, None], V_DIM, 0, V_MAIN, WIDEN)
+        store_part(out, out_rows, valid, acc, V_DIM, 0, V_MAIN, WIDEN)
         if V_REST > 0:
-            store_part(out, out_rows, valid, acc_rest * share[:, None], V_DIM, V_MAIN, V_REST, WIDEN)
+            store_part(out, out_rows, valid, acc_rest, V_DIM, V_MAIN, V_REST, WIDEN)
 
 
 def paged_decode(
