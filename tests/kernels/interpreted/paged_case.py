@@ -89,9 +89,7 @@ class PagedCase:
 
     def dense(self, args):
         parts = [
-            dense_attention(q, k, v, args, self.group)
-            for q, k, v in zip(self.q, self.k, self.v, strict=True)
-            if len(q)
+            dense_attention(q, k, v, args, self.group) for q, k, v in zip(self.q, self.k, self.v, strict=True) if len(q)
         ]
         return torch.cat(parts)
 
