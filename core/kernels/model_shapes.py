@@ -52,6 +52,7 @@ class ModelShape:
     has_alibi: bool = False
     activation: str = "silu"
     plus_one: bool = False  # Gemma's norm
+    interleaved: bool = False  # rotary pairs
     experts: int = 0
     delta_heads: int = 0  # heads of gated linear attention, 128 x 128
     mamba_heads: int = 0  # of 64 x 128
@@ -64,16 +65,16 @@ MODELS = (
     ModelShape(
         "Gemma-3-12B", 3840, 15360, 262208, 16, 8, 256, 256, 256, (1024, None), activation="gelu_tanh", plus_one=True
     ),
-    ModelShape("DeepSeek-V3", 7168, 2048, 129280, 128, 128, 192, 128, 64, experts=256),
+    ModelShape("DeepSeek-V3", 7168, 2048, 129280, 128, 128, 192, 128, 64, interleaved=True, experts=256),
     ModelShape("gpt-oss-20b", 2880, 2880, 201088, 64, 8, 64, 64, 64, (128, None), has_sinks=True, experts=32),
     ModelShape("Mistral-7B", 4096, 14336, 32000, 32, 8, 128, 128, 128, (4096,)),
     # Not asked for by name, but what the contract and the rows tier can ask for beyond them.
-    ModelShape("Gemma-2-9B", 3584, 14336, 256000, 16, 8, 256, 256, 256, (4096, None), 50.0, False, False, "gelu_tanh", True),
-    ModelShape("DeepSeek-V3, absorbed", 7168, 2048, 129280, 128, 1, 576, 512, 64, experts=256),
+    ModelShape("Gemma-2-9B", 3584, 14336, 256000, 16, 8, 256, 256, 256, (4096, None), 50.0, plus_one=True),
+    ModelShape("DeepSeek-V3, absorbed", 7168, 2048, 129280, 128, 1, 576, 512, 64, interleaved=True, experts=256),
     ModelShape("MPT-7B", 4096, 16384, 50432, 32, 32, 128, 128, 128, has_alibi=True),
     ModelShape("Phi-2", 2560, 10240, 51200, 32, 32, 80, 80, 32),
     ModelShape("Qwen3-Next-80B", 2048, 512, 151936, 16, 2, 256, 256, 64, experts=512, delta_heads=32),
-    ModelShape("Mamba-2-2.7B", 2560, 10240, 50288, 1, 1, 64, 64, 64, mamba_heads=80),
+    ModelShape("Mamba-2-2.7B", 2560, 10240, 50288, 0, 0, 64, 64, 64, mamba_heads=80),
 )  # fmt: skip
 
 
@@ -94,6 +95,8 @@ class Step:
 
     def attention(self) -> None:
         model = self.model
+        if model.heads == 0:
+            return
         keys, values = (self.made(BLOCKS, BLOCK_SIZE, model.kv_heads, dim) for dim in (model.k_dim, model.v_dim))
         call = PagedCall(keys, values, self.longs(REQUESTS, 65), self.ints(REQUESTS + 1), self.ints(REQUESTS))
         k, v = (self.made(PROMPT, model.kv_heads, dim) for dim in (model.k_dim, model.v_dim))
@@ -112,10 +115,9 @@ class Step:
         x, out = self.made(rows, model.hidden), self.made(rows, model.hidden)
         for residual in (None, out):
             rms_norm(x, self.made(model.hidden), 1e-6, out, residual, model.plus_one, self.chip)
-        q = self.made(rows, model.heads, model.k_dim)
-        angles = self.made(rows, model.rotated // 2)
-        for interleaved in (False, True):
-            rotary(q, angles, angles, q, interleaved, self.chip)
+        if model.heads:
+            q, angles = self.made(rows, model.heads, model.k_dim), self.made(rows, model.rotated // 2)
+            rotary(q, angles, angles, q, model.interleaved, self.chip)
         gated_activation(self.made(rows, 2 * model.inner), self.made(rows, model.inner), model.activation, self.chip)
         gather_rows(x, self.longs(rows), out, self.chip)
         doubles, longs = self.made(rows, dtype=torch.float64), self.longs(rows)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from paged_case import PagedCase, make_args
 
 from core.kernels.attention_call import Tile
-from paged_case import PagedCase, make_args
 
 MIXES = {
     "decode": [(1, 1), (4, 1), (17, 1), (40, 1)],

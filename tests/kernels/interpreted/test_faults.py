@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from triton.runtime.jit import KernelInterface
-
 import test_matmul
 import test_rows
 import test_sample
 import test_state
+import torch
 from paged_case import PagedCase, make_args
+from triton.runtime.jit import KernelInterface
 
 F32 = torch.float32
 

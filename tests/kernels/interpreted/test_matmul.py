@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from helpers import assert_near, poisoned
 
 from core.errors import KernelError
 from core.kernels.dequant_matmul import dequant_matmul
 from core.kernels.grouped_matmul import grouped_matmul
-from helpers import assert_near, poisoned
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_near, poisoned
 
 from core.errors import KernelError
 from core.kernels.gated_activation import gated_activation
@@ -10,7 +11,6 @@ from core.kernels.gather_rows import gather_rows
 from core.kernels.rms_norm import rms_norm
 from core.kernels.rotary import rotary
 from core.kernels.write_kv import write_kv
-from helpers import assert_near, poisoned
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_near, poisoned
 
 from core.kernels.gated_linear_attention import gated_linear_attention
 from core.kernels.mamba2_step import mamba2_step
-from helpers import assert_near, poisoned
 
 SLOTS = [4, 0, -1]  # of five; the last request is padding
 
