@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
 
+from core.reach import EVERYTHING, Reach
+
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from core.batch import Batch
     from core.spec import ModelSpec
@@ -95,6 +97,7 @@ class KVSpec:
     v_dim: int
     dtype: torch.dtype
     device: str = "cpu"
+    reach: Reach = EVERYTHING  # bounded: what lies further back is given back, and every call has to say the same
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,8 @@ class AttentionBackend(Protocol):
     name: str
     honours: frozenset[str]  # of AttentionArgs.non_default()
 
-    def allocate(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> None:
-        """Make the cache for `specs`, one entry a layer. Called once."""
+    def allocate(self, specs: Sequence[KVSpec], num_blocks: Sequence[int], block_size: int) -> None:
+        """Make the cache: one spec and one number of blocks a layer. Called once."""
         ...
 
     def plan(self, batch: Batch) -> None:
@@ -131,6 +134,8 @@ class AttentionBackend(Protocol):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, args: AttentionArgs) -> Tensor:
         """Store k, v of this step's tokens in `layer`'s cache and attend over each request's whole context.
+
+        Where the tokens go and where the context lies say `batch.places(reach)` of the layer's spec.
 
         q [tokens, heads, k_dim], k [tokens, kv_heads, k_dim], v [tokens, kv_heads, v_dim] -> [tokens, heads, v_dim].
         Raises UnsupportedAttention, naming layer and argument.
@@ -146,7 +151,8 @@ class ModelFeatures:
     """What the scheduler may do with a model."""
 
     chunked_prefill: bool = True  # False: a prompt is run whole, in one step
-    prefix_caching: bool = True  # False: there is state that blocks do not hold
+    prefix_caching: bool = True  # False: there is state that blocks do not hold, or K depends on the text's length
+    restart_after: int | None = None  # a text that grows past so many tokens is computed anew from its first token
 
 
 class Model(Protocol):
@@ -169,21 +175,47 @@ class Model(Protocol):
         ...
 
 
-class LinearFactory(Protocol):
-    def __call__(self, name: str, in_features: int, out_features: int, bias: bool) -> nn.Module: ...
-
-
 class QuantMethod(Protocol):
-    """Owns a weight format from file to kernel, for native models and fallback alike."""
+    """Owns a weight format from file to kernel, for native models and fallback alike.
 
-    name: str
+    A checkpoint in its format is read with `tensors`; a float checkpoint is made small while it is loaded with
+    `quantize`. A method serves one of the two purposes or both; the host knows which from `on_the_fly`.
+    """
 
-    def replace_linears(self, model: nn.Module, checkpoint: Checkpoint) -> Sequence[str]:
-        """Replace the linears it takes in a module tree (on the meta device, before weights); return their names."""
+    name: str  # what --quantization and quantization_config call it, e.g. "awq"
+    on_the_fly: bool  # True: the checkpoint holds floats, and `quantize` makes them small
+
+    def tensors(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yield every (name, tensor) under the names that a float checkpoint would have, one in memory at a time.
+
+        A quantized weight is one `core.layers.QuantizedTensor` of `dtype` under its weight's name ("...q_proj.weight");
+        tensors of the format itself (scales, zeros) are not yielded by themselves. On the fly: the file's tensors.
+        Raises CheckpointError naming file and tensor for whatever is missing, misshapen or unknown.
+        """
         ...
 
-    def finish(self, model: nn.Module) -> None:
-        """Repack for the device's kernel; called once all weights are loaded."""
+    def quantize(self, name: str, weight: Tensor) -> Tensor:
+        """Return a linear's weight [..., out, in] quantized, or the weight itself where it has to stay in floats.
+
+        Called on the fly only, once for each weight that a linear (or a stack of experts) multiplies with.
+        """
+        ...
+
+
+# ---------------------------------------------------------------------------------------------- kernels
+
+
+class Kernels(Protocol):
+    """Fast code for one device. Whoever finds no kernel for a case computes it with torch."""
+
+    name: str  # shown at start, e.g. "cpu_kernels (avx512)"
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+        """Return the function x [..., in] -> [..., out] for a weight [out, in]; None if there is none for its packing.
+
+        `weight` is a plain tensor or a `core.layers.QuantizedTensor`. The function may keep the weight's parts, in the
+        order given: nobody changes them. It must not keep a second copy of them.
+        """
         ...
 
 

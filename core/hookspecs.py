@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         AttentionBackend,
         Bid,
         Checkpoint,
+        Kernels,
         Model,
         QuantMethod,
         Refusal,
@@ -64,6 +65,14 @@ def provide_quant_method(spec: ModelSpec, options: EngineConfig) -> QuantMethod 
     """Return the method that the checkpoint's quantization_config names or that --quantization asks for, else None.
 
     Called once at start-up, after the checkpoint is opened and before the model is built.
+    """
+
+
+@hookspec(firstresult=True)
+def provide_kernels(device: str, options: EngineConfig) -> Kernels | None:
+    """Return fast kernels for a device ("cpu", "cuda:0"), or None if there are none for this machine.
+
+    Called once at start-up, before the model is built. With no answer everything is computed with torch.
     """
 
 

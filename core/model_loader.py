@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from core.contracts import AttentionBackend, Bid, Checkpoint, Model, QuantMethod, Refusal
+from core.contracts import AttentionBackend, Bid, Checkpoint, Kernels, Model, QuantMethod, Refusal
 from core.errors import NoImplementation
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class BuildContext:
     dtype: torch.dtype
     make_attention: Callable[[], AttentionBackend]  # a new backend of the chosen kind, for probes
     quant_method: QuantMethod | None = None
+    kernels: Kernels | None = None  # for the device; None: everything is computed with torch
     shared: dict[str, Any] = field(default_factory=dict)  # between bids of one plugin: a module loaded once
 
 

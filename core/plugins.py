@@ -29,7 +29,16 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from core.config import EngineConfig
-    from core.contracts import AttentionBackend, Checkpoint, Model, QuantMethod, RequestRecord, StepStats, Tokenizer
+    from core.contracts import (
+        AttentionBackend,
+        Checkpoint,
+        Kernels,
+        Model,
+        QuantMethod,
+        RequestRecord,
+        StepStats,
+        Tokenizer,
+    )
     from core.server.client import EngineClient
     from core.spec import ModelSpec
 
@@ -111,6 +120,12 @@ class PluginHost:
     def quant_method(self, spec: ModelSpec, options: EngineConfig) -> QuantMethod | None:
         """Return the one method that takes this checkpoint, None if it is not quantized and none is asked for."""
         return settle_claims(list(self._ask("provide_quant_method", spec=spec, options=options)), spec, options)
+
+    def kernels(self, device: str, options: EngineConfig) -> Kernels | None:
+        """Return the first plugin's kernels for a device, None if everything is to be computed with torch."""
+        _, found = self._first("provide_kernels", device=device, options=options)
+        kernels: Kernels | None = found
+        return kernels
 
     def choose_model(self, spec: ModelSpec, options: EngineConfig) -> Choice[Model]:
         """Ask everybody for a model implementation and rank the answers as --model-impl says."""

@@ -11,12 +11,13 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.contracts import Bid, Checkpoint, KVSpec, ModelFeatures
-from core.errors import ConfigError
+from core.errors import ConfigError, CoreError
 from core.hookspecs import hookimpl
 from core.spec import ModelSpec
 from core.testing_configs import VOCAB, model_class_of, tiny_config
@@ -43,30 +44,57 @@ def tiny_checkpoint(model_type: str, folder: str | Path, **overrides: Any) -> Pa
     `core.testing_configs` shrinks its default config; `overrides` are entries of config.json that win over that, for
     architectures whose sizes it does not know. No tokenizer; no token ends a text. Every weight is random,
     biases, norms and sinks too, so that none can be dropped unnoticed. The same arguments give the same weights.
+    Raises ConfigError, with transformers' own words, for what it cannot build.
     """
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     folder = Path(folder)
-    config = tiny_config(model_type, **overrides)
     model_class = model_class_of(model_type)
-    _check_size(model_type, model_class, config)
-    with torch.random.fork_rng(devices=[]):
+    with _explained(model_type):
+        config = tiny_config(model_type, **overrides)
+        size = _count_weights(model_class, config)
+    _check_size(model_type, size)
+    with torch.random.fork_rng(devices=[]), _explained(model_type):
         torch.manual_seed(0)
         model = model_class._from_config(config, dtype=torch.float32)
         _randomize(model)
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(str(folder))
+        model.generation_config.eos_token_id = None
+        model.save_pretrained(str(folder))
     return folder
 
 
-def _check_size(model_type: str, model_class: Any, config: Any) -> None:
-    """Refuse a model that stayed large, before it takes memory: mostly one with towers for images or sound."""
+@contextmanager
+def _explained(model_type: str) -> Iterator[None]:
+    """Turn what building a model raises into a sentence that names it and says what to do."""
+    try:
+        yield
+    except CoreError:
+        raise
+    except ImportError as error:
+        first = " ".join(str(error).split()).split(". ")[0].removesuffix(".")
+        raise ConfigError(
+            f"transformers cannot build {model_type!r} without a package that is not installed: {first}. "
+            "Install it, or take the model type of the text part."
+        ) from error
+    except Exception as error:  # a config class may refuse sizes with any exception of its own
+        words = " ".join(str(error).split())
+        raise ConfigError(
+            f"transformers cannot build a small {model_type!r}: {type(error).__name__}: {words}. "
+            "Give the sizes that it asks for as `overrides`, or the folder of a checkpoint."
+        ) from error
+
+
+def _count_weights(model_class: Any, config: Any) -> int:
     import torch
 
     with torch.device("meta"):
-        size = sum(weight.numel() for weight in model_class._from_config(config).parameters())
+        return sum(weight.numel() for weight in model_class._from_config(config).parameters())
+
+
+def _check_size(model_type: str, size: int) -> None:
+    """Refuse a model that stayed large, before it takes memory: mostly one with towers for images or sound."""
     if size > MAX_WEIGHTS:
         raise ConfigError(
             f"{model_type!r} has {size:,} weights even when shrunk; tiny is {MAX_WEIGHTS:,} at most. Shrink the rest "
@@ -88,6 +116,10 @@ def _randomize(model: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ comparison
+
+
+class NoReference(CoreError):
+    """Why there is nothing to compare with: transformers itself cannot generate with this model."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +146,8 @@ def assert_matches_transformers(
     `model` is a checkpoint's folder, or a model type, of which `tiny_checkpoint(model, ..., **overrides)` is made.
     The prompts run together, in blocks of 4 tokens and steps of at most 7, first with a cold prefix cache, then with
     what that left in it. `options` are LLM's and win over these. Where transformers itself is undecided between two
-    tokens by less than `tolerance` (in nats, as logprobs are), a prompt's comparison ends. Raises AssertionError.
+    tokens by less than `tolerance` (in nats, as logprobs are), a prompt's comparison ends. Raises AssertionError;
+    ConfigError where no tiny checkpoint can be built, NoReference where `generate` itself fails.
     """
     from core.llm import LLM
 
@@ -166,7 +199,10 @@ def transformers_answers(
     trust_remote_code: bool = False,
     use_cache: bool = True,
 ) -> list[Answer]:
-    """Return what transformers' own `generate` answers to each prompt alone: greedy, float32, on the CPU."""
+    """Return what transformers' own `generate` answers to each prompt alone: greedy, float32, on the CPU.
+
+    Raises NoReference where `generate` itself fails.
+    """
     import torch
 
     module = _reference(folder, trust_remote_code)
@@ -182,9 +218,11 @@ def transformers_answers(
         ids = torch.tensor([list(prompt)])
         # A fresh copy a prompt, over the same weights: some modules carry state from one text into the next.
         alone = copy.deepcopy(module, {id(weight): weight for weight in module.parameters()})
-        out = alone.generate(
-            ids, attention_mask=torch.ones_like(ids), output_logits=True, return_dict_in_generate=True, **limits
-        )
+        given = {"attention_mask": torch.ones_like(ids), "output_logits": True, "return_dict_in_generate": True}
+        try:
+            out = alone.generate(ids, **given, **limits)
+        except Exception as error:  # anybody's module
+            raise NoReference(f"transformers' own generate fails: {type(error).__name__}: {error}") from error
         logprobs = torch.stack(out.logits, 1)[0].float().log_softmax(-1)
         answers.append(Answer(out.sequences[0, len(prompt) :].tolist(), logprobs))
     return answers

@@ -14,13 +14,13 @@ HEAVY = ("torch", "transformers", "fastapi", "uvicorn", "safetensors", "huggingf
 
 # A module may import its own row and those above it. Modules that are not listed are checked by the folder they are in.
 LAYERS = [
-    {"errors", "json_files", "threads"},
+    {"errors", "json_files", "threads", "reach"},
     {"spec", "config", "sampling_params", "outputs", "engine_info"},
     {"request", "batch", "contracts", "hookspecs"},
-    {"blocks", "model_loader", "attention", "layers", "kernels", "weights", "demo"},
+    {"blocks", "window_blocks", "model_loader", "attention", "layers", "kernels", "weights", "demo"},
     {"scheduler", "plugin_loading", "plugin_checks", "plugin_report", "choice", "quant_claims", "builtin", "plugins"},
     {"runner", "sampler", "sampling", "tokenizer", "detokenizer"},
-    {"engine_build", "engine", "llm", "testing", "testing_configs", "metrics", "probe"},
+    {"kv_memory", "engine_build", "engine", "llm", "testing", "testing_configs", "metrics", "probe"},
     {
         "verify",
         "verify_compare",
@@ -31,7 +31,7 @@ LAYERS = [
         "verify_served",
         "verify_texts",
     },
-    {"supported_check", "supported_models"},
+    {"supported_check", "supported_models", "supported_page", "supported_results"},
     {"server"},
     {"cli", "commands"},
 ]

@@ -41,26 +41,27 @@ class TritonAttention:
     name = "triton"
     honours = frozenset({"window", "chunk", "softcap", "sinks", "bias"})
 
-    def allocate(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> None:
+    def allocate(self, specs: Sequence[KVSpec], num_blocks: Sequence[int], block_size: int) -> None:
         self.cache = PagedCache(specs, num_blocks, block_size)
 
     def plan(self, batch: Batch) -> None:
         lens = batch.query_lens
         decode = [row for row, count in enumerate(lens) if count == 1]
         prefill = [row for row, count in enumerate(lens) if count > 1]
-        numbers = upload([*batch.query_starts, *batch.context_lens, *decode], batch.slots.device)
+        numbers = upload([*batch.query_starts, *batch.context_lens, *decode], batch.token_ids.device)
         starts, contexts, rows = numbers.split([len(lens) + 1, len(lens), len(decode)])
         longest = max((batch.context_lens[row] for row in decode), default=1)
         self._plan = Plan(batch, prefill, starts, contexts, rows, splits_for(longest, SPLIT))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, args: AttentionArgs) -> Tensor:
-        check_call(self.name, self.honours, self.cache.specs[layer], q, k, v, args)
-        plan, keys, values = self._plan, self.cache.keys[layer], self.cache.values[layer]
-        write_kv(_rows_dense(k), _rows_dense(v), keys, values, plan.batch.slots)
+        spec, plan = self.cache.specs[layer], self._plan
+        check_call(self.name, self.honours, spec, q, k, v, args)
+        keys, values, places = self.cache.keys[layer], self.cache.values[layer], plan.batch.places(spec.reach)
+        write_kv(_rows_dense(k), _rows_dense(v), keys, values, places.slots)
         dtype = torch.promote_types(q.dtype, keys.dtype)
         queries = _rows_dense(q).to(dtype)
         out = queries.new_empty(q.shape[0], q.shape[1], v.shape[-1])
-        call = PagedCall(keys, values, plan.batch.block_tables, plan.query_starts, plan.context_lens)
+        call = PagedCall(keys, values, places.block_tables, plan.query_starts, plan.context_lens)
         args = _dense_args(args)
         if len(plan.decode_rows):
             paged_decode(queries, out, call, plan.decode_rows, plan.splits, args)

@@ -5,19 +5,27 @@ from core.layers.embedding import Embedding, Head
 from core.layers.linear import Linear, MergedLinear, pack_linears, unpack_linears
 from core.layers.mlp import GatedMLP
 from core.layers.norm import RMSNorm
+from core.layers.quant_formats import AffineTensor, TableTensor, pack_codes, unpack_codes
+from core.layers.quantized import QuantizedLinear, QuantizedTensor
 from core.layers.rotary import Rotary, RotaryError, apply_rotary
 
 __all__ = [
+    "AffineTensor",
     "Attention",
     "Embedding",
     "GatedMLP",
     "Head",
     "Linear",
     "MergedLinear",
+    "QuantizedLinear",
+    "QuantizedTensor",
     "RMSNorm",
     "Rotary",
     "RotaryError",
+    "TableTensor",
     "apply_rotary",
+    "pack_codes",
     "pack_linears",
+    "unpack_codes",
     "unpack_linears",
 ]

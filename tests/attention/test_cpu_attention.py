@@ -9,7 +9,7 @@ import torch
 
 from core.attention.cpu import CpuAttention
 from core.attention.torch_reference import TorchReferenceAttention
-from core.batch import Batch
+from core.batch import Batch, Places
 from core.contracts import AttentionArgs, KVSpec
 from core.errors import UnsupportedAttention
 
@@ -40,8 +40,10 @@ class Case:
             scheduled=(),
             token_ids=torch.zeros(starts[-1], dtype=torch.int64),
             positions=torch.cat([torch.arange(context - new, context) for context, new in self.lens]),
-            slots=torch.cat([self.slots(row)[-new:] for row, (_, new) in enumerate(self.lens)]),
-            block_tables=torch.tensor([table + [0] * (width - len(table)) for table in self.tables]),
+            everything=Places(
+                torch.cat([self.slots(row)[-new:] for row, (_, new) in enumerate(self.lens)]),
+                torch.tensor([table + [0] * (width - len(table)) for table in self.tables]),
+            ),
             query_starts=starts,
             context_lens=[context for context, _ in self.lens],
             logit_rows=torch.zeros(0, dtype=torch.int64),
@@ -53,7 +55,7 @@ class Case:
         return torch.tensor(self.tables[row])[positions // BLOCK] * BLOCK + positions % BLOCK
 
     def run(self, backend: CpuAttention | TorchReferenceAttention, args: AttentionArgs) -> torch.Tensor:
-        backend.allocate([self.spec], self.num_blocks, BLOCK)
+        backend.allocate([self.spec], [self.num_blocks], BLOCK)
         backend.cache.keys[0].view(-1, self.spec.num_kv_heads, self.spec.k_dim)[:BLOCK] = torch.nan
         backend.cache.values[0].view(-1, self.spec.num_kv_heads, self.spec.v_dim)[:BLOCK] = torch.nan
         for row, (context, new) in enumerate(self.lens):

@@ -23,14 +23,6 @@ def test_a_model_is_served_by_its_tier_and_answers_like_transformers(model_type)
     assert served_by.split()[0] == f"transformers/{TIERS[model_type]}"  # rows adds how it groups texts
 
 
-def test_a_dynamic_rope_goes_by_each_texts_own_length():
-    # Prompts of 1 to 23 tokens run together; the config states 16 positions.
-    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
-    overrides = {"max_position_embeddings": 16, "rope_parameters": rope}
-    served_by = assert_matches_transformers("llama", "transformers", overrides=overrides)
-    assert served_by == "transformers/cache"
-
-
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
     return tiny_checkpoint("gpt2", tmp_path_factory.mktemp("gpt2"))

@@ -18,8 +18,9 @@ from core.model_loader import BuildContext
 from core_hf_fallback.cache import CacheModel
 from core_hf_fallback.interface import bind, configs_of
 from core_hf_fallback.load import load_module
-from core_hf_fallback.paged import NotPaged, PagedModel, logits_of, rope_depends_on_length
+from core_hf_fallback.paged import NotPaged, PagedModel, logits_of
 from core_hf_fallback.probe import Probe, rows_difference, run_rows
+from core_hf_fallback.ropes import Ropes
 from core_hf_fallback.rows import RowsModel
 from core_hf_fallback.state import CannotBatch
 from core_hf_fallback.versions import warn_if_untested
@@ -32,8 +33,9 @@ DEFAULT_MAX_LEN = 2048
 class Loaded:
     """A module, what it looks up for attention by itself, and the plain logits that every tier has to match."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, max_len: int) -> None:
         self.module = module
+        self.ropes = Ropes(module, max_len)
         self.own_attention = {id(config): config._attn_implementation for config in configs_of(module)}
         self.counts_tokens = False  # it takes positions from a count of tokens, which padding would falsify
         self.embedding_size = embedding_size(module)
@@ -59,17 +61,18 @@ def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Mode
     """Build one tier, or refuse with what the probe found."""
     if context.quant_method is not None:
         return Refusal(f"quantization method {context.quant_method.name!r} is not wired into this implementation yet")
+    max_len = context.options.max_model_len or checkpoint.spec.max_context or DEFAULT_MAX_LEN
     loaded = context.shared.get(SHARED)
     if loaded is None:
         warn_if_untested()
-        loaded = context.shared[SHARED] = Loaded(load_module(checkpoint, context))
-    max_len = context.options.max_model_len or checkpoint.spec.max_context or DEFAULT_MAX_LEN
-    rope = rope_depends_on_length(loaded.module, max_len)
-    if tier != "cache" and rope is not None:
-        return Refusal(f"{rope} rotates by the length of the longest text in the batch")
+        loaded = context.shared[SHARED] = Loaded(load_module(checkpoint, context), max_len)
+    if tier != "cache" and loaded.ropes.unknown is not None:
+        return Refusal(f"{loaded.ropes.unknown} rotates by the length of the longest text in the batch")
     if tier == "paged":
         return _paged(loaded, context)
     loaded.restore_attention()
+    if tier == "rows" and loaded.ropes.restart_after is not None:
+        return Refusal(f"it computes a text anew when it grows past {loaded.ropes.restart_after} tokens")
     if tier == "rows":
         return _rows(loaded, context, max_len)
     return CacheModel(loaded.module, loaded.vocab_size, max_len)
@@ -80,8 +83,8 @@ def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
     binding = bind(loaded.module)
     try:
         with calls_of(loaded.module, nn.Linear) as called:
-            model = PagedModel(loaded.module, binding)
-        pack_linears(loaded.module, kinds=(nn.Linear,), only=called)
+            model = PagedModel(loaded.module, binding, loaded.ropes)
+        pack_linears(loaded.module, kinds=(nn.Linear,), only=called, kernels=context.kernels)
         wrong = loaded.probe.difference(model, context.make_attention(), context.device)
     except (NotPaged, CoreError) as reason:
         wrong = str(reason)
@@ -143,7 +146,7 @@ def _probed_rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model |
             break
     if wrong is not None:
         return Refusal(wrong)
-    pack_linears(loaded.module, kinds=(nn.Linear,), only=called)
+    pack_linears(loaded.module, kinds=(nn.Linear,), only=called, kernels=context.kernels)
     wrong = rows_difference(_run(model, size, device), wanted, tolerance)
     return model if wrong is None else Refusal(f"with packed linears, {wrong}")
 

@@ -18,6 +18,7 @@ from core.attention.interface import softmax_attention, visible
 from core.batch import Batch
 from core.contracts import AttentionArgs, KVSpec
 from core.errors import UnsupportedAttention
+from core.reach import Reach
 from core_hf_fallback.masks import Mask, MaskFunction, read_mask
 from core_hf_fallback.taint import CountedTokens
 
@@ -117,7 +118,8 @@ class Binding:
             )
             k, v = k[-q.shape[0] :], v[-q.shape[0] :]  # any answer will do to see the layers after it
         self.layers[name, occurrence] = len(self.specs)
-        self.specs.append(KVSpec(name, k.shape[1], k.shape[2], v.shape[2], k.dtype, str(k.device)))
+        reach = Reach(args.window, args.chunk)
+        self.specs.append(KVSpec(name, k.shape[1], k.shape[2], v.shape[2], k.dtype, str(k.device), reach))
         positions = torch.arange(len(q), device=q.device)
         distance = positions[:, None] - positions[None, :]
         mask = visible(positions[:, None], positions[None, :], args)

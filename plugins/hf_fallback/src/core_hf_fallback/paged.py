@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from core.batch import Batch
 from core.contracts import KVSpec, ModelFeatures
 from core_hf_fallback.interface import NAME, Binding, register, use_attention
+from core_hf_fallback.ropes import Ropes
 from core_hf_fallback.taint import CountedTokens
 
 RECORDED_TOKENS = 11  # of the forward that finds the layers; a number that no size of a model is likely to have
@@ -25,13 +26,12 @@ class PagedModel:
     """A `core.contracts.Model` whose only state is K/V in the host's blocks."""
 
     impl_name = "transformers/paged"
-    features = ModelFeatures()
 
-    def __init__(self, module: nn.Module, binding: Binding) -> None:
+    def __init__(self, module: nn.Module, binding: Binding, ropes: Ropes) -> None:
         """Find the layers by one recording forward. Raises NotPaged with the reason."""
         register()
-        self.module = module
-        self.binding = binding
+        self.module, self.binding, self.ropes = module, binding, ropes
+        self.features = ModelFeatures(prefix_caching=not ropes, restart_after=ropes.restart_after)
         use_attention(module, NAME)
         self.keeps_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
         logits = self._record()
@@ -50,7 +50,8 @@ class PagedModel:
     def forward(self, batch: Batch) -> Tensor:
         self.binding.start(batch)
         rows = batch.logit_rows if len(batch.logit_rows) else batch.logit_rows.new_zeros(1)
-        logits = self._logits(batch.token_ids, batch.positions, rows)
+        with self.ropes.flat(batch):
+            logits = self._logits(batch.token_ids, batch.positions, rows)
         return logits[: len(batch.logit_rows)]
 
     def release(self, request_id: str) -> None:
@@ -77,14 +78,3 @@ def logits_of(out: Any) -> Tensor:
     """Logits [batch, tokens, vocab] of a model's output; a few models return a plain tuple."""
     logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
     return logits
-
-
-def rope_depends_on_length(module: nn.Module, max_model_len: int) -> str | None:
-    """Name the module whose rotation of a token depends on the longest text beside it, within max_model_len."""
-    for name, part in module.named_modules():
-        kinds = getattr(part, "rope_type", None)
-        values = kinds.values() if isinstance(kinds, dict) else [kinds]
-        original = getattr(part, "original_max_seq_len", None)
-        if any(kind in ("dynamic", "longrope") for kind in values) and (original is None or max_model_len > original):
-            return name
-    return None

@@ -71,7 +71,8 @@ class Probe:
 
     def difference(self, model: Model, attention: AttentionBackend, device: torch.device) -> str | None:
         """Run the tier; return what is wrong with it, None if it is right."""
-        attention.allocate(model.kv_specs(), num_blocks=16, block_size=BLOCK)
+        specs = model.kv_specs()
+        attention.allocate(specs, num_blocks=[16] * len(specs), block_size=BLOCK)
         runner = Runner(model, attention, BLOCK, device)
         requests = self._requests()
         for number, step in enumerate(STEPS, 1):

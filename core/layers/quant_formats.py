@@ -1,0 +1,77 @@
+"""The two layouts that most 4 and 8 bit formats are brought into: steps of equal size, and a table of 16 values.
+
+codes     4 bit: uint8 [..., out, in / 2], weight 2j in the low half of byte j, weight 2j + 1 in the high half
+          8 bit: uint8 [..., out, in]
+groups    a row's weights [g * group_size, (g + 1) * group_size) share a scale; group_size divides in
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from core.layers.quantized import QuantizedTensor
+
+
+class AffineTensor(QuantizedTensor):
+    """weight = (code - zero) * scale, or code * scale + offset.
+
+    Parts: `codes`; `scales` [..., out, groups] in any float dtype; and of these at most one: `zeros` uint8
+    [..., out, groups], or `offsets` [..., out, groups] in a float dtype. With neither the zero is the middle code
+    (8 or 128). Settings: `bits` (4 or 8), `group_size`, and `order` (None, or int64 [in]: code column j is the
+    weight's column order[j], for formats that group columns by importance).
+    """
+
+    @property
+    def packing(self) -> str:  # type: ignore[override]
+        return f"affine{self.settings['bits']}"
+
+    def decode(self) -> Tensor:
+        codes = unpack_codes(self.parts["codes"], self.settings["bits"]).float()
+        grouped = codes.unflatten(-1, (-1, self.settings["group_size"]))
+        scales = self.parts["scales"].float().unsqueeze(-1)
+        if "offsets" in self.parts:
+            found = grouped * scales + self.parts["offsets"].float().unsqueeze(-1)
+        else:
+            found = (grouped - self._zeros()) * scales
+        return in_order(found.flatten(-2), self.settings.get("order"))
+
+    def _zeros(self) -> Tensor | float:
+        zeros = self.parts.get("zeros")
+        return float(1 << (self.settings["bits"] - 1)) if zeros is None else zeros.float().unsqueeze(-1)
+
+
+class TableTensor(QuantizedTensor):
+    """weight = table[code] * scale. Parts: `codes` of 4 bits, `scales` [..., out, groups]; settings: `group_size`, and
+    `table`, a tuple of 16 floats."""
+
+    packing = "table4"
+
+    def decode(self) -> Tensor:
+        table = torch.tensor(self.settings["table"], dtype=torch.float32, device=self.device)
+        values = table[unpack_codes(self.parts["codes"], 4).int()]
+        grouped = values.unflatten(-1, (-1, self.settings["group_size"]))
+        found: Tensor = (grouped * self.parts["scales"].float().unsqueeze(-1)).flatten(-2)
+        return found
+
+
+def unpack_codes(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [..., bytes] -> uint8 [..., in], one code each."""
+    if bits == 8:
+        return codes
+    return torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
+
+
+def pack_codes(values: Tensor, bits: int) -> Tensor:
+    """Codes [..., in], each below 2 ** bits -> uint8 [..., in * bits / 8]."""
+    values = values.to(torch.uint8)
+    return values if bits == 8 else values[..., 0::2] | (values[..., 1::2] << 4)
+
+
+def in_order(columns: Tensor, order: Tensor | None) -> Tensor:
+    """Put column j of `columns` [..., in] at place order[j]."""
+    if order is None:
+        return columns
+    found = torch.empty_like(columns)
+    found[..., order] = columns
+    return found

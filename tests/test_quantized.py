@@ -1,0 +1,142 @@
+"""A quantized weight stands wherever a float one would, and stays small while rows are picked and joined."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from core.errors import CoreError
+from core.layers import AffineTensor, QuantizedLinear, QuantizedTensor, TableTensor, pack_codes, unpack_codes
+
+IN, GROUP = 128, 32
+TABLE = tuple(float(value) for value in torch.linspace(-1, 1, 16))
+
+
+def codes(rows, bits, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (*rows, IN * bits // 8), dtype=torch.uint8, generator=generator)
+
+
+def affine(rows=(48,), bits=4, seed=0, dtype=torch.float32, **parts):
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.rand(*rows, IN // GROUP, generator=generator)
+    parts = {"codes": codes(rows, bits, seed), "scales": scales, **parts}
+    return AffineTensor(parts, IN, dtype, bits=bits, group_size=GROUP)
+
+
+def table(rows=(48,), seed=0):
+    scales = torch.rand(*rows, IN // GROUP, generator=torch.Generator().manual_seed(seed))
+    parts = {"codes": codes(rows, 4, seed), "scales": scales}
+    return TableTensor(parts, IN, torch.float32, group_size=GROUP, table=TABLE)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_survive_packing(bits):
+    values = torch.randint(0, 1 << bits, (3, IN))
+    packed = pack_codes(values, bits)
+    assert packed.shape == (3, IN * bits // 8)
+    assert torch.equal(unpack_codes(packed, bits).long(), values)
+
+
+def test_a_code_counts_from_the_middle_from_its_zero_or_adds_an_offset():
+    scales = torch.full((1, IN // GROUP), 0.5)
+    same = {"codes": torch.full((1, IN // 2), 0x93, dtype=torch.uint8), "scales": scales}
+
+    def first_two(**parts):
+        return AffineTensor({**same, **parts}, IN, torch.float32, bits=4, group_size=GROUP).dequantize()[0, :2].tolist()
+
+    assert first_two() == [(3 - 8) * 0.5, (9 - 8) * 0.5]
+    assert first_two(zeros=torch.full((1, IN // GROUP), 2, dtype=torch.uint8)) == [0.5, 3.5]
+    assert first_two(offsets=torch.full((1, IN // GROUP), -1.0)) == [0.5, 3.5]
+
+
+def test_columns_in_another_order_come_back_in_their_own():
+    order = torch.randperm(IN)
+    plain = affine()
+    ordered = AffineTensor(plain.parts, IN, torch.float32, bits=4, group_size=GROUP, order=order)
+    assert torch.equal(ordered.dequantize()[:, order], plain.dequantize())
+
+
+def test_a_table_gives_its_values_times_the_groups_scale():
+    weight = table()
+    code = int(weight.parts["codes"][3, 20]) & 15  # of column 40, in group 1
+    assert weight.dequantize()[3, 40] == torch.tensor(TABLE)[code] * weight.parts["scales"][3, 1]
+
+
+@pytest.mark.parametrize("weight", [affine(), affine(bits=8), table()], ids=lambda weight: weight.packing)
+def test_modules_compute_with_it_as_with_the_floats(weight):
+    plain, x = weight.dequantize(), torch.randn(2, 5, IN)
+    parameter = nn.Parameter(weight, requires_grad=False)
+    assert isinstance(parameter, QuantizedTensor) and isinstance(parameter, nn.Parameter)
+    with torch.inference_mode():
+        torch.testing.assert_close(F.linear(x, parameter), F.linear(x, plain))
+        torch.testing.assert_close(x @ parameter.T, x @ plain.T)
+        ids = torch.tensor([[1, 47], [0, 1]])
+        assert torch.equal(F.embedding(ids, parameter), F.embedding(ids, plain))
+        assert torch.equal(parameter * 2, plain * 2)
+
+
+def test_many_rows_are_never_floats_at_once():
+    rows = affine((3000,))
+    largest = []
+
+    class Watched(AffineTensor):
+        def decode(self):
+            largest.append(len(self))
+            return super().decode()
+
+    watched = Watched(rows.parts, IN, torch.float32, **rows.settings)
+    x, bias = torch.randn(2, IN), torch.randn(3000)
+    torch.testing.assert_close(watched.linear(x, bias), F.linear(x, rows.dequantize(), bias))
+    assert max(largest) <= 1024
+
+
+def test_experts_are_stacked_joined_and_picked_without_becoming_floats():
+    experts = [affine(seed=seed) for seed in range(3)]
+    stacked = torch.stack(experts)
+    merged = torch.cat([stacked, stacked], 1)
+    assert isinstance(merged, AffineTensor) and merged.shape == (3, 96, IN)
+    assert isinstance(merged[2], AffineTensor)
+    assert torch.equal(merged[2].dequantize()[48:], experts[2].dequantize())
+    assert torch.equal(merged[1, 5:7].dequantize(), merged.dequantize()[1, 5:7])
+
+
+def test_rows_of_different_kinds_are_joined_as_floats():
+    joined = torch.cat([affine(), table()])
+    assert not isinstance(joined, QuantizedTensor)
+    assert torch.equal(joined, torch.cat([affine().dequantize(), table().dequantize()]))
+
+
+def test_an_index_into_the_columns_gives_the_floats():
+    weight = affine()
+    assert torch.equal(weight[:, 3:9], weight.dequantize()[:, 3:9])
+    mask = torch.rand(48, IN) > 0.5
+    assert torch.equal(weight[mask], weight.dequantize()[mask])
+
+
+def test_it_keeps_its_parts_over_copies_dtypes_and_state_dicts():
+    weight = affine()
+    half = weight.to(torch.float16)
+    assert isinstance(half, AffineTensor) and half.dtype == torch.float16
+    assert half.dequantize().dtype == torch.float16
+    assert torch.equal(copy.deepcopy(weight).dequantize(), weight.dequantize())
+    assert isinstance(weight.detach(), AffineTensor) and isinstance(weight.clone(), AffineTensor)
+    layer = QuantizedLinear(weight, None)
+    assert isinstance(layer.state_dict()["weight"], AffineTensor)
+
+
+def test_writing_into_it_is_an_error():
+    with pytest.raises(CoreError, match="would write into a quantized weight"):
+        affine().mul_(2)
+    floats = torch.empty(48, IN)
+    floats.copy_(affine())
+    assert torch.equal(floats, affine().dequantize())
+
+
+def test_a_layer_uses_its_kernel():
+    weight, x = affine(), torch.randn(4, IN)
+    assert torch.equal(QuantizedLinear(weight, None, kernel=lambda x: x.sum())(x), x.sum())
+    bias = torch.randn(48)
+    torch.testing.assert_close(QuantizedLinear(weight, bias)(x), F.linear(x, weight.dequantize(), bias))
