@@ -16,6 +16,7 @@ import core
 from core.commands.chat import chat
 from core.commands.explain import explain
 from core.commands.generate import generate
+from core.commands.kernels import kernels
 from core.commands.options import engine_options
 from core.commands.plugins import plugins
 from core.commands.quantize import quantize
@@ -26,7 +27,16 @@ from core.errors import CoreError
 from core.plugins import PluginHost
 
 PROG = "core-serve"
-COMMANDS: tuple[click.Command, ...] = (plugins, explain, generate, chat, supported_models, verify, quantize)
+COMMANDS: tuple[click.Command, ...] = (
+    plugins,
+    explain,
+    generate,
+    chat,
+    verify,
+    quantize,
+    supported_models,
+    kernels,
+)
 
 
 def main() -> None:

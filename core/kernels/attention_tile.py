@@ -118,7 +118,7 @@ def attend_keys(
             scores = tanh(scores) * cap
         if ALIBI:
             scores -= slope[:, None] * (position[:, None] - at[None, :]).to(tl.float32)
-        seen = (at[None, :] >= row_first[:, None]) & (at[None, :] <= row_last[:, None]) & there[None, :]
+        seen = (at[None, :] >= row_first[:, None]) & (at[None, :] <= row_last[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf would be NaN
