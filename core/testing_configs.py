@@ -299,7 +299,7 @@ def _shrunk(default: Any, overrides: dict[str, Any]) -> Any:
 
 def _in_its_words(default: Any, own: dict[str, Any]) -> dict[str, Any]:
     """Entries of OWN_WAYS for an older transformers, whose hybrids call a layer with linear attention "mamba"."""
-    translated = {}
+    translated: dict[str, Any] = {}
     for name in ("layer_types", "layers_block_type"):
         kinds = getattr(default, name, None) or ()
         if name in own and "mamba" in kinds and LINEAR not in kinds:
