@@ -1,13 +1,13 @@
-"""Packed linears give what plain ones give, at any number of rows, and can be taken back."""
+"""Packed linears give what plain ones give, at any number of rows, and can be taken back; kernels are asked first."""
 
 import pytest
 import torch
 from torch import nn
 
-from core.layers import pack_linears, unpack_linears
-from core.layers.linear import PackedLinear, can_pack, rounded_rows
+from core.layers import AffineTensor, Embedding, Head, QuantizedLinear, pack_linears, unpack_linears
+from core.layers.linear import KernelLinear, PackedLinear, can_pack, rounded_rows
 
-pytestmark = pytest.mark.skipif(not can_pack(torch.empty(1, 1)), reason="this torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not can_pack(torch.empty(1, 1)), reason="this torch has no oneDNN")
 
 
 def made(bias=True):
@@ -15,6 +15,7 @@ def made(bias=True):
     return nn.Sequential(nn.Linear(24, 40, bias=bias), nn.ReLU(), nn.Linear(40, 8))
 
 
+@needs_onednn
 @pytest.mark.parametrize("rows", [0, 1, 2, 17, 33, 64, 65, 200])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_packed_linear_gives_the_plain_answer(rows, bias):
@@ -26,12 +27,14 @@ def test_a_packed_linear_gives_the_plain_answer(rows, bias):
         torch.testing.assert_close(model(x[None]), wanted[None])
 
 
+@needs_onednn
 def test_only_the_named_linears_are_packed():
     model = made()
     pack_linears(model, kinds=(nn.Linear,), only={model[2]})
     assert [isinstance(part, PackedLinear) for part in model] == [False, False, True]
 
 
+@needs_onednn
 def test_unpacking_gives_the_same_bits_back():
     model = made()
     weights = [part.weight.clone() for part in (model[0], model[2])]
@@ -47,3 +50,49 @@ def test_rows_are_rounded_up_by_an_eighth_at_most_and_to_few_sizes():
     rounded = [rounded_rows(rows) for rows in range(1, 1025)]
     assert all(rows <= up <= rows * 9 / 8 for rows, up in enumerate(rounded, 1))
     assert len(set(rounded)) == 64
+
+
+class HalvesAndCodes:
+    """Kernels for every weight but float32 ones; their answers are marked by a 1 added."""
+
+    name = "marked"
+
+    def linear(self, weight, bias):
+        if weight.dtype == torch.float32 and not isinstance(weight, AffineTensor):
+            return None
+        return lambda x: nn.functional.linear(x, weight.dequantize() if weight.dtype == torch.float32 else weight) + 1
+
+
+def affine():
+    parts = {"codes": torch.randint(0, 256, (40, 24), dtype=torch.uint8), "scales": torch.rand(40, 3)}
+    return AffineTensor(parts, 24, torch.float32, bits=8, group_size=8)
+
+
+def test_kernels_are_asked_first_and_float32_goes_on_as_it_did():
+    model = nn.Sequential(nn.Linear(24, 40, bias=False), nn.Linear(24, 40, bias=False), nn.Linear(24, 40).half())
+    model[0].weight = nn.Parameter(affine(), requires_grad=False)
+    wanted = nn.functional.linear(torch.ones(1, 24), model[0].weight.dequantize()) + 1
+    assert pack_linears(model, kinds=(nn.Linear,), kernels=HalvesAndCodes()) == 2 + can_pack(torch.empty(1, 1))
+    kinds = [QuantizedLinear, PackedLinear if can_pack(torch.empty(1, 1)) else nn.Linear, KernelLinear]
+    assert [type(part) for part in model] == kinds
+    torch.testing.assert_close(model[0](torch.ones(1, 24)), wanted)
+
+
+def test_a_quantized_linear_without_kernels_stays_small_and_right():
+    model, x = nn.Sequential(nn.Linear(24, 40)), torch.randn(3, 24)
+    model[0].weight = nn.Parameter(affine(), requires_grad=False)
+    wanted = model(x)
+    pack_linears(model, kinds=(nn.Linear,))
+    assert isinstance(model[0].weight, AffineTensor)
+    torch.testing.assert_close(model(x), wanted)
+    unpack_linears(model)
+    assert type(model[0]) is nn.Linear and isinstance(model[0].weight, AffineTensor)
+
+
+def test_a_head_tied_to_a_quantized_embedding_shares_its_bytes():
+    model = nn.Sequential(Embedding(40, 24, torch.float32), Head(24, 0, False, torch.float32))
+    model[0].weight = nn.Parameter(affine(), requires_grad=False)
+    model[1].tie(model[0])
+    pack_linears(model, kinds=(Head,), kernels=HalvesAndCodes())
+    assert model[1].kernel is not None
+    assert model[1].weight.parts["codes"].data_ptr() == model[0].weight.parts["codes"].data_ptr()

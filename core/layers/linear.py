@@ -1,20 +1,25 @@
-"""Linear layers, and the layout that makes them fast on a CPU.
+"""Linear layers, and what makes them fast once their weights are there: kernels, or a better layout.
 
-Plain F.linear wastes up to four times the time at 2 to 64 rows, where serving lives. oneDNN with a weight that is
-reordered once is near the memory bound there and no slower elsewhere, so float32 weights on a CPU are packed after
+A linear whose weight a plugin's kernels can read as it is (quantized, or floats of two bytes) calls the kernel. For the
+others: plain F.linear wastes up to four times the time at 2 to 64 rows, where serving lives. oneDNN with a weight that
+is reordered once is near the memory bound there and no slower elsewhere, so float32 weights on a CPU are packed after
 loading; the reordered tensor takes the place of the plain one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.errors import CheckpointError
+from core.layers.quantized import QuantizedLinear, QuantizedTensor
+
+if TYPE_CHECKING:
+    from core.contracts import Kernels
 
 Loader = Callable[[Tensor], None]
 ROWS_HINT = 32  # rows that oneDNN chooses the layout for; the same layout serves all batch sizes
@@ -104,6 +109,23 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, oneDNN order"
 
 
+class KernelLinear(nn.Module):
+    """A linear over a plain weight that a kernel reads as it is."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernel: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.kernel = kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernel(x)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.weight.dtype}, kernel"
+
+
 def rounded_rows(rows: int) -> int:
     """Round up to one of eight sizes between powers of two: 16, 18, 20 ... 32, 36 ...
 
@@ -124,43 +146,58 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
-def pack(layer: nn.Module) -> nn.Module:
-    """Return the packed form of a plain linear, or the layer itself where it cannot be packed."""
+def pack(layer: nn.Module, kernels: Kernels | None = None) -> nn.Module:
+    """Return the fast form of a plain linear, or the layer itself where there is none.
+
+    A quantized weight is never turned into floats: without a kernel it is computed with by torch, some rows at a time.
+    """
     weight, bias = layer.weight, layer.bias
-    if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)) or not can_pack(weight):
+    if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
         return layer
-    return PackedLinear(weight, bias)
+    kernel = None if kernels is None or weight.dim() != 2 else kernels.linear(weight, bias)
+    if isinstance(weight, QuantizedTensor):
+        return QuantizedLinear(weight, bias, kernel) if weight.dim() == 2 else layer
+    if kernel is not None:
+        return KernelLinear(weight, bias, kernel)
+    return PackedLinear(weight, bias) if can_pack(weight) else layer
 
 
 def pack_linears(
     model: nn.Module,
     kinds: tuple[type[nn.Module], ...] = (Linear, MergedLinear),
     only: Collection[nn.Module] | None = None,
+    kernels: Kernels | None = None,
 ) -> int:
     """Pack every linear of exactly these kinds (and in `only`) in a module tree, one at a time; return how many.
 
-    Linears whose weight is shared with another module are packed too: the other keeps the plain tensor. Subclasses
-    are left alone, since they may compute something else.
+    `kernels` are the device's (`BuildContext.kernels`), asked first. Linears whose weight is shared with another module
+    are packed too: the other keeps the plain tensor, and a weight that a kernel reads stays the one they share.
+    Subclasses are left alone, since they may compute something else.
     """
     packed: dict[int, nn.Module] = {}
-    for parent in list(model.modules()):
+    # The list must not hold the linears themselves: each one's plain weight is to go before the next is packed.
+    for parent in [part for part in model.modules() if type(part) not in kinds]:
         for name, child in list(parent.named_children()):
             if type(child) not in kinds or (only is not None and child not in only):
                 continue
             if id(child) not in packed:
-                packed[id(child)] = pack(child)
+                packed[id(child)] = pack(child, kernels)
             if packed[id(child)] is not child:
                 setattr(parent, name, packed[id(child)])
-    return sum(isinstance(layer, PackedLinear) for layer in packed.values())
+    return sum(isinstance(layer, _PACKED) for layer in packed.values())
+
+
+_PACKED = (PackedLinear, KernelLinear, QuantizedLinear)
 
 
 def unpack_linears(model: nn.Module) -> None:
-    """Put plain torch linears in the place of packed ones, with the very same weights."""
+    """Put plain torch linears in the place of packed ones, with the very same weights, quantized or not."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, PackedLinear):
+            if isinstance(child, _PACKED):
                 plain = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None, device="meta")
-                plain.weight = nn.Parameter(child.weight, requires_grad=False)
+                weight = child.weight
+                plain.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
                 plain.register_parameter("bias", child.bias)
                 setattr(parent, name, plain)
 

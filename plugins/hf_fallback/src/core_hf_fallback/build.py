@@ -16,6 +16,7 @@ from core.contracts import Checkpoint, Model, Refusal
 from core.errors import CoreError
 from core.layers import pack_linears
 from core.model_loader import BuildContext
+from core_hf_fallback.blame import is_ours
 from core_hf_fallback.cache import CacheModel
 from core_hf_fallback.interface import bind, configs_of
 from core_hf_fallback.load import load_module
@@ -71,6 +72,8 @@ def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Mode
         loaded = context.shared[SHARED] = Loaded(load_module(checkpoint, context), max_len)
     if tier != "cache" and loaded.ropes.unknown is not None:
         return Refusal(f"{loaded.ropes.unknown} rotates by the length of the longest text in the batch")
+    if tier != "cache" and loaded.ropes.forgets_after is not None:
+        return Refusal(f"its generate forgets a text that grows past {loaded.ropes.forgets_after} tokens")
     if tier == "paged":
         return _paged(loaded, context)
     loaded.restore_attention()
@@ -88,11 +91,13 @@ def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
     try:
         with linear_calls(loaded.module) as calls:
             model = PagedModel(loaded.module, binding, loaded.ropes)
-        patcher = Patcher(loaded.module, calls, context.options.disable_patches)
+        patcher = Patcher(loaded.module, calls, context.kernels, context.options.disable_patches)
         wrong = patcher.settle(lambda: loaded.probe.difference(model, context.make_attention(), context.device))
     except (NotPaged, CoreError) as reason:
         wrong = str(reason)
-    except Exception as error:  # noqa: BLE001 - anybody's code: whatever it raises on a flat batch declines this tier
+    except Exception as error:  # the model's code: whatever it raises on a flat batch declines this tier
+        if is_ours(error, loaded.module):
+            raise
         wrong = f"the flat batch fails in the module: {type(error).__name__}: {error}"
     finally:
         loaded.counts_tokens = bool(binding.counting_layers)
@@ -125,7 +130,9 @@ def _rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refusa
         built = _probed_rows(loaded, context, max_len)
     except CannotBatch as reason:
         return Refusal(str(reason))
-    except Exception as error:  # noqa: BLE001 - anybody's code: whatever it raises on a batch declines this tier
+    except Exception as error:  # the model's code: whatever it raises on a batch declines this tier
+        if is_ours(error, loaded.module):
+            raise
         return Refusal(f"the module fails on several requests at once: {type(error).__name__}: {error}")
     if not isinstance(built, Refusal):
         logger.info("probed %s in %.2f s: right", built.impl_name, time.monotonic() - start)
@@ -147,14 +154,18 @@ def _probed_rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model |
         wanted = _run(CacheModel(loaded.module, loaded.vocab_size, max_len), size, device)
     wrong: str | None = None
     for padding in (True, False) if not loaded.counts_tokens else (False,):
-        model = RowsModel(loaded.module, loaded.vocab_size, max_len, padding)
-        wrong = rows_difference(_run(model, size, device), wanted, tolerance)
+        try:
+            model = RowsModel(loaded.module, loaded.vocab_size, max_len, padding)
+            wrong = rows_difference(_run(model, size, device), wanted, tolerance)
+        except CannotBatch as reason:
+            wrong = str(reason)
         if wrong is None:
             break
     if wrong is not None:
         return Refusal(wrong)
-    pack_linears(loaded.module, kinds=(nn.Linear,), only=called)
+    pack_linears(loaded.module, kinds=(nn.Linear,), only=called, kernels=context.kernels)
     wrong = rows_difference(_run(model, size, device), wanted, tolerance)
+    model.strict = False
     return model if wrong is None else Refusal(f"with packed linears, {wrong}")
 
 

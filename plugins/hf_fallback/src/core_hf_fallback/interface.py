@@ -73,8 +73,9 @@ class KnownCall:
 class Binding:
     """What one model's attention modules share: the names of layers, the current batch, and the calls so far."""
 
-    def __init__(self, names: dict[int, str]) -> None:
+    def __init__(self, names: dict[int, str], model_name: str) -> None:
         self.names = names  # id(module) -> its path in the model
+        self.model_name = model_name  # its class, for messages
         self.layers: dict[tuple[str, int], int] = {}  # (module path, occurrence in a forward) -> layer of the cache
         self.specs: list[KVSpec] = []
         self.masks: list[Mask] = []  # by order of creation in a forward
@@ -111,12 +112,16 @@ class Binding:
     def name_of(self, module: nn.Module) -> str:
         return self.names.get(id(module), type(module).__name__)
 
+    def label(self, module: nn.Module) -> str:
+        """Name layer and model, for messages."""
+        return f"Layer {self.name_of(module)} of {self.model_name}"
+
     def next_mask(self, function: MaskFunction) -> Mask:
         """Return the meaning of the next mask that the model asks for; read once, in the recording forward."""
         if self.recording:
             self.masks.append(read_mask(function))
         if self._mask_calls >= len(self.masks):
-            raise UnsupportedAttention("The model makes more masks in this forward than it did when it was loaded.")
+            raise UnsupportedAttention(f"{self.model_name} makes more masks in this forward than when it was loaded.")
         self._mask_calls += 1
         return self.masks[self._mask_calls - 1]
 
@@ -126,20 +131,27 @@ class Binding:
         occurrence = self._calls.get(name, 0)
         self._calls[name] = occurrence + 1
         if self.recording:
-            return self._record(name, occurrence, q, k, v, args)
+            return self._record(module, occurrence, q, k, v, args)
         layer = self.layers.get((name, occurrence))
         if layer is None or self.batch is None:
             raise UnsupportedAttention(
-                f"Layer {name} attends for the {occurrence + 1}. time in a forward; at load it did not."
+                f"{self.label(module)} attends for the {occurrence + 1}. time in a forward; at load it did not."
             )
         return self.batch.attention.attend(q, k, v, layer, args)
 
-    def _record(self, name: str, occurrence: int, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> Tensor:
+    def _record(
+        self, module: nn.Module, occurrence: int, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs
+    ) -> Tensor:
+        name, label = self.name_of(module), self.label(module)
         if q.shape[0] != k.shape[0]:
             self.problems.append(
-                f"Layer {name} attends with {q.shape[0]} queries over {k.shape[0]} keys: it keeps state of its own."
+                f"{label} attends with {q.shape[0]} queries over {k.shape[0]} keys: it keeps state of its own."
             )
-            k, v = k[-q.shape[0] :], v[-q.shape[0] :]  # any answer will do to see the layers after it
+            k, v = k[-q.shape[0] :], v[-q.shape[0] :]
+        with self.noting_problems():
+            _refuse_heads(label, q, k, v, args)
+        if self.problems:
+            return q.new_zeros(*q.shape[:2], v.shape[2])  # any answer will do to see the layers after it
         self.layers[name, occurrence] = len(self.specs)
         reach = Reach(args.window, args.chunk)
         self.specs.append(KVSpec(name, k.shape[1], k.shape[2], v.shape[2], k.dtype, str(k.device), reach))
@@ -153,7 +165,7 @@ class Binding:
 
 def bind(model: nn.Module) -> Binding:
     """Hang one Binding onto every module of a model."""
-    binding = Binding({id(module): name for name, module in model.named_modules()})
+    binding = Binding({id(module): name for name, module in model.named_modules()}, type(model).__name__)
     for module in model.modules():
         setattr(module, ATTRIBUTE, binding)
     for config in configs_of(model):
@@ -205,9 +217,10 @@ def attention(
     name = binding.name_of(module)
     if binding.counted is not None and binding.counted.reaches(query, key, value):
         binding.counting_layers.append(name)
+    label = binding.label(module)
     with binding.noting_problems():
-        _refuse_unknown(name, others, dropout)
-        _refuse_batch(name, query)
+        _refuse_unknown(label, others, dropout)
+        _refuse_batch(label, query)
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     args = AttentionArgs(
         scaling=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
@@ -216,7 +229,7 @@ def attention(
         sinks=s_aux,
     )
     with binding.noting_problems():
-        args = _with_mask(name, args, attention_mask, sliding_window)
+        args = _with_mask(label, args, attention_mask, sliding_window)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     with binding.counted.paused() if binding.counted is not None else nullcontext():
         out = binding.attend(module, q, k, v, args)
@@ -230,16 +243,31 @@ def attention(
 def _refuse_batch(layer: str, query: Tensor) -> None:
     if query.shape[0] != 1:
         raise UnsupportedAttention(
-            f"Layer {layer} attends with a batch of {query.shape[0]}, not with the flat row given to it."
+            f"{layer} attends with a batch of {query.shape[0]}, not with the flat row given to it."
+        )
+
+
+def _refuse_heads(layer: str, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> None:
+    """Refuse q [tokens, heads, k_dim], k and v [tokens, kv_heads, dim] that are not grouped heads of one width."""
+    if k.shape[1] != v.shape[1]:
+        raise UnsupportedAttention(f"{layer} has {k.shape[1]} heads of K and {v.shape[1]} of V; they must agree.")
+    if q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+        raise UnsupportedAttention(
+            f"{layer} attends with {q.shape[1]} query heads of width {q.shape[2]} over {k.shape[1]} K heads of width "
+            f"{k.shape[2]}; the widths must agree and the heads divide."
+        )
+    if args.sinks is not None and args.sinks.shape != q.shape[1:2]:
+        raise UnsupportedAttention(
+            f"{layer} passes 's_aux' of shape {list(args.sinks.shape)} for {q.shape[1]} heads; it must be one a head."
         )
 
 
 def _refuse_unknown(layer: str, others: dict[str, Any], dropout: float) -> None:
     for name, value in others.items():
         if value is not None and value is not False and name not in BOOKKEEPING:
-            raise UnsupportedAttention(f"Layer {layer} passes {name!r} to attention, which is not supported.")
+            raise UnsupportedAttention(f"{layer} passes {name!r} to attention, which is not supported.")
     if dropout:
-        raise UnsupportedAttention(f"Layer {layer} asks for dropout {dropout}; serving has none.")
+        raise UnsupportedAttention(f"{layer} asks for dropout {dropout}; serving has none.")
 
 
 def _with_mask(layer: str, args: AttentionArgs, mask: Any, sliding_window: int | None) -> AttentionArgs:
@@ -247,9 +275,9 @@ def _with_mask(layer: str, args: AttentionArgs, mask: Any, sliding_window: int |
     if mask is None:
         return replace(args, window=sliding_window)
     if not isinstance(mask, Mask):
-        raise UnsupportedAttention(f"Layer {layer} brings a mask of its own ({type(mask).__name__}).")
+        raise UnsupportedAttention(f"{layer} brings a mask of its own ({type(mask).__name__}).")
     if mask.unknown:
-        raise UnsupportedAttention(f"Layer {layer}: {mask.unknown}.")
+        raise UnsupportedAttention(f"{layer}: {mask.unknown}.")
     return replace(args, window=mask.window, chunk=mask.chunk)
 
 

@@ -8,7 +8,8 @@ Three requests of 7, 3 and 5 tokens; a budget that cuts the first in two, beside
     step 2    A[4:7]  B[3:4]  C[0:5]
     step 3    A[7:8]  B[4:5]  C[5:6]
 
-Rows, against one cache for each request: requests join a decoding group (a longer and a shorter text), pause and leave.
+Rows, against one cache for each request: requests join a decoding group (a longer, a shorter and an equally long text),
+pause and leave.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ STEPS: tuple[tuple[tuple[str, int, int], ...], ...] = (
     (("A", 4, 7), ("B", 3, 4), ("C", 0, 5)),
     (("A", 7, 8), ("B", 4, 5), ("C", 5, 6)),
 )
-ROW_LENGTHS = {"A": 13, "B": 6, "C": 14, "D": 6}
-ROW_PROMPTS = {"A": 7, "B": 4, "C": 9, "D": 2}
+ROW_LENGTHS = {"A": 13, "B": 4, "C": 11, "D": 15}
+ROW_PROMPTS = {"A": 7, "B": 2, "C": 7, "D": 12}  # at the sixth step A and C are equally long
 ROW_STEPS = ("AB", "ABC", "ABC", "ACD", "CD", "ACD", "AD", "A")  # who runs; the first time is the whole prompt
 Forward = Callable[[Tensor], Tensor]  # ids [1, tokens] -> logits [tokens, vocab]
 

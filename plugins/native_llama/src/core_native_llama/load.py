@@ -23,7 +23,7 @@ def load(config: LlamaConfig, checkpoint: Checkpoint, context: BuildContext) -> 
     with torch.device(context.device):
         model = LlamaModel(config, context.dtype, context.device)
     load_strict(_loaders(model), checkpoint.tensors(), ignore=_ignored(config))
-    pack_linears(model, kinds=(Linear, MergedLinear, Head))
+    pack_linears(model, kinds=(Linear, MergedLinear, Head), kernels=context.kernels)
     return model.eval()
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from weakref import WeakSet
 
 from torch import nn
 
+from core.contracts import Kernels
 from core.layers import pack_linears, unpack_linears
 from core_hf_fallback.patches.calls import LinearCalls
 from core_hf_fallback.patches.child_lookup import enter_children
@@ -36,8 +38,10 @@ RULES = (
 class Patcher:
     """Patches a module and packs its linears, and can take both back."""
 
-    def __init__(self, module: nn.Module, calls: LinearCalls, disabled: Collection[str] = ()) -> None:
-        self.module, self.calls = module, calls
+    def __init__(
+        self, module: nn.Module, calls: LinearCalls, kernels: Kernels | None = None, disabled: Collection[str] = ()
+    ) -> None:
+        self.module, self.calls, self.kernels = module, calls, kernels
         self.rules = [rule for rule in RULES if rule.name not in disabled]
         self.counts: dict[str, int] = {}  # places by the name of the rule that changed them
         self._undo: list[Undo] = []
@@ -78,7 +82,7 @@ class Patcher:
         for rule in rules:
             if not rule.after_packing:
                 self._apply_one(rule)
-        pack_linears(self.module, kinds=(nn.Linear,), only=self._called())
+        pack_linears(self.module, kinds=(nn.Linear,), only=self._called(), kernels=self.kernels)
         for rule in rules:
             if rule.after_packing:
                 self._apply_one(rule)
@@ -89,10 +93,14 @@ class Patcher:
         if undo:
             self.counts[rule.name] = len(undo)
 
-    def _called(self) -> set[nn.Module]:
-        """The linears to pack: those that are called; of some a module only looks at the weight."""
-        called = {self.module.get_submodule(path) for path in self.calls.counts}
-        return called | {part.linear for part in self.module.modules() if isinstance(part, Merged)}
+    def _called(self) -> WeakSet[nn.Module]:
+        """The linears to pack: those that are called; of some a module only looks at the weight.
+
+        Weak, so that each plain weight can go as soon as it is packed.
+        """
+        called = WeakSet(self.module.get_submodule(path) for path in self.calls.counts)
+        called.update(part.linear for part in self.module.modules() if isinstance(part, Merged))
+        return called
 
     def undo(self) -> None:
         """Put the module's own parts back, with the very same weights."""
