@@ -52,9 +52,7 @@ def store_part(
 
 
 @triton.jit
-def first_visible(
-    position: tl.tensor, window: tl.tensor, chunk: tl.tensor, WINDOW: tl.constexpr, CHUNK: tl.constexpr
-) -> tl.tensor:
+def first_visible(position: tl.tensor, window: tl.tensor, chunk: tl.tensor, WINDOW: tl.constexpr, CHUNK: tl.constexpr) -> tl.tensor:
     """The first key that a query at `position` sees."""
     first = position * 0
     if WINDOW:

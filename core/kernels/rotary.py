@@ -80,9 +80,7 @@ def rotary(
     check(NAME, "out", out, (tokens, count, dim), (x.dtype,), x)
     check(NAME, "cos", cos, (tokens, half), FLOATS, x, dense=True)
     check(NAME, "sin", sin, (tokens, half), (cos.dtype,), x, dense=True)
-    require(
-        NAME, 0 < 2 * half <= dim, f"cos has {half} columns, so {2 * half} of a head's {dim} dimensions would turn."
-    )
+    require(NAME, 0 < 2 * half <= dim, f"cos has {half} columns, so {2 * half} of a head's {dim} dimensions would turn.")
     chip = chip or chip_of(x)
     heads = min(pow2(count), max(1, ELEMENTS // pow2(dim)))
     args = {

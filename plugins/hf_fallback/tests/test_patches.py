@@ -66,9 +66,9 @@ def test_an_unknown_patch_is_refused_with_the_names(llama):
 
 
 def test_explain_lists_the_patches(llama, capsys):
-    from core.cli import main
+    from core.cli import run
 
-    assert main(["explain", str(llama), "--model-impl", "transformers", "--probe", "--disable-patch", "rms-norm"]) == 0
+    assert run(["explain", str(llama), "--model-impl", "transformers", "--probe", "--disable-patch", "rms-norm"]) == 0
     assert "transformers/paged: serves; patches: merged-linears, child-lookup" in capsys.readouterr().out
 
 
