@@ -89,7 +89,7 @@ def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
     try:
         with linear_calls(loaded.module) as calls:
             model = PagedModel(loaded.module, binding, loaded.ropes)
-        patcher = Patcher(loaded.module, calls, context.options.disable_patches, context.kernels)
+        patcher = Patcher(loaded.module, calls, context.kernels, context.options.disable_patches)
         wrong = patcher.settle(lambda: loaded.probe.difference(model, context.make_attention(), context.device))
     except (NotPaged, CoreError) as reason:
         wrong = str(reason)

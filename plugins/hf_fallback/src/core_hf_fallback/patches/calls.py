@@ -44,7 +44,7 @@ class LinearCalls:
 
 @contextmanager
 def linear_calls(module: nn.Module) -> Iterator[LinearCalls]:
-    """Collect the calls of plain linears while active; the inputs are kept until `siblings` was asked for and dropped."""
+    """Collect the calls of plain linears while active; their inputs live as long as what is found."""
     found = LinearCalls()
 
     def hook(path: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from weakref import WeakSet
 
 from torch import nn
 
@@ -38,7 +39,7 @@ class Patcher:
     """Patches a module and packs its linears, and can take both back."""
 
     def __init__(
-        self, module: nn.Module, calls: LinearCalls, disabled: Collection[str] = (), kernels: Kernels | None = None
+        self, module: nn.Module, calls: LinearCalls, kernels: Kernels | None = None, disabled: Collection[str] = ()
     ) -> None:
         self.module, self.calls, self.kernels = module, calls, kernels
         self.rules = [rule for rule in RULES if rule.name not in disabled]
@@ -93,10 +94,14 @@ class Patcher:
         if undo:
             self.counts[rule.name] = len(undo)
 
-    def _called(self) -> set[nn.Module]:
-        """The linears to pack: those that are called; of some a module only looks at the weight."""
-        called = {self.module.get_submodule(path) for path in self.calls.counts}
-        return called | {part.linear for part in self.module.modules() if isinstance(part, Merged)}
+    def _called(self) -> WeakSet[nn.Module]:
+        """The linears to pack: those that are called; of some a module only looks at the weight.
+
+        Weak, so that each plain weight can go as soon as it is packed.
+        """
+        called = WeakSet(self.module.get_submodule(path) for path in self.calls.counts)
+        called.update(part.linear for part in self.module.modules() if isinstance(part, Merged))
+        return called
 
     def undo(self) -> None:
         """Put the module's own parts back, with the very same weights."""
