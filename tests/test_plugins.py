@@ -325,7 +325,7 @@ def test_a_quantization_asked_for_that_nobody_takes_is_an_error():
 @pytest.mark.parametrize("plugins", [{}, {"int": claims("int8", on_the_fly=True)}], ids=["nobody", "on the fly"])
 def test_a_quantization_that_does_not_fit_the_checkpoints_own_is_an_error(plugins):
     host = without_installed(**plugins)
-    with pytest.raises(ConfigError, match="--quantization int8 does not fit .*, which is quantized with 'awq'"):
+    with pytest.raises(ConfigError, match=r"--quantization int8 does not fit .*, which is quantized with 'awq'"):
         host.quant_method(quantized("awq"), EngineConfig(quantization="int8"))
 
 

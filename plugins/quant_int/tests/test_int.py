@@ -39,17 +39,17 @@ def test_experts_are_rounded_as_a_stack():
     assert torch.equal(stack.dequantize()[1], IntMethod(4).quantize("down_proj", weight[1]).dequantize())
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
 @pytest.mark.parametrize(
-    ("model_type", "model_impl", "served_by"),
+    ("quantization", "model_type", "model_impl", "served_by"),
     [
-        ("llama", "native", "native_llama"),
-        ("llama", "transformers", "transformers/paged"),
-        ("qwen3_moe", "transformers", "transformers/paged"),
-        ("mamba", "transformers", "transformers/rows"),
+        ("int8", "llama", "native", "native_llama"),
+        ("int4", "llama", "native", "native_llama"),
+        ("int8", "llama", "transformers", "transformers/paged"),
+        ("int4", "qwen3_moe", "transformers", "transformers/paged"),
+        ("int8", "mamba", "transformers", "transformers/rows"),
     ],
 )
-def test_a_model_answers_as_its_rounded_weights_do(tmp_path, model_type, model_impl, served_by, quantization):
+def test_a_model_answers_as_its_rounded_weights_do(tmp_path, quantization, model_type, model_impl, served_by):
     folder = tiny_checkpoint(model_type, tmp_path)
     assert assert_matches_dequantized(folder, model_impl, quantization=quantization) == served_by
 
