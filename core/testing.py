@@ -9,8 +9,9 @@ torch and transformers are imported where they are used.
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,37 @@ def tiny_checkpoint(model_type: str, folder: str | Path, **overrides: Any) -> Pa
         _randomize(model)
     model.generation_config.eos_token_id = None
     model.save_pretrained(str(folder))
+    return folder
+
+
+def packed_checkpoint(
+    source: str | Path,
+    folder: str | Path,
+    quantization_config: Mapping[str, Any],
+    pack: Callable[[str, Tensor], Mapping[str, Tensor] | None],
+) -> Path:
+    """Write a quantized copy of a Hugging Face folder, for tests of a quantization plugin.
+
+    `pack(name, weight)` is asked for every tensor and gives what stands in its place by its last name
+    ({"qweight": ..., "scales": ...} for "...q_proj.weight"), or None for a tensor that stays.
+    """
+    from safetensors.torch import save_file
+
+    from core.weights import HFCheckpoint
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Tensor] = {}
+    for name, tensor in HFCheckpoint(source).tensors():
+        packed = pack(name, tensor)
+        module = name.rpartition(".")[0]
+        found |= {name: tensor} if packed is None else {f"{module}.{part}": value for part, value in packed.items()}
+    save_file(found, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    for file in Path(source).glob("*.json"):
+        config = json.loads(file.read_text())
+        if file.name == "config.json":
+            config["quantization_config"] = dict(quantization_config)
+        (folder / file.name).write_text(json.dumps(config, indent=2))
     return folder
 
 

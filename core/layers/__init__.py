@@ -5,8 +5,8 @@ from core.layers.embedding import Embedding, Head
 from core.layers.linear import Linear, MergedLinear, pack_linears, unpack_linears
 from core.layers.mlp import GatedMLP
 from core.layers.norm import RMSNorm
-from core.layers.quant_formats import AffineTensor, TableTensor, pack_codes, unpack_codes
-from core.layers.quantized import QuantizedLinear, QuantizedTensor
+from core.layers.quant_formats import AffineTensor, HalfTensor, TableTensor, pack_codes, unpack_codes
+from core.layers.quantized import QuantizedLinear, QuantizedTensor, give_kernels
 from core.layers.rotary import Rotary, RotaryError, apply_rotary
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Attention",
     "Embedding",
     "GatedMLP",
+    "HalfTensor",
     "Head",
     "Linear",
     "MergedLinear",
@@ -24,6 +25,7 @@ __all__ = [
     "RotaryError",
     "TableTensor",
     "apply_rotary",
+    "give_kernels",
     "pack_codes",
     "pack_linears",
     "unpack_codes",

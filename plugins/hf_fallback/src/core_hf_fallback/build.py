@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from core.contracts import Checkpoint, Model, Refusal
 from core.errors import CoreError
-from core.layers import pack_linears, unpack_linears
+from core.layers import give_kernels, pack_linears, unpack_linears
 from core.model_loader import BuildContext
 from core_hf_fallback.cache import CacheModel
 from core_hf_fallback.interface import bind, configs_of
@@ -79,7 +79,7 @@ def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
     try:
         with calls_of(loaded.module, nn.Linear) as called:
             model = PagedModel(loaded.module, binding)
-        pack_linears(loaded.module, kinds=(nn.Linear,), only=called, kernels=context.kernels)
+        _pack(loaded.module, called, context)
         wrong = loaded.probe.difference(model, context.make_attention(), context.device)
     except (NotPaged, CoreError) as reason:
         wrong = str(reason)
@@ -89,9 +89,15 @@ def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
         loaded.counts_tokens = bool(binding.counting_layers)
     if wrong is not None:
         unpack_linears(loaded.module)  # the next tier checks for itself what packing changes
+        give_kernels(loaded.module, None)
         return Refusal(wrong)
     logger.info("probed transformers/paged in %.2f s: right", time.monotonic() - start)
     return model
+
+
+def _pack(module: nn.Module, called: set[nn.Module], context: BuildContext) -> None:
+    pack_linears(module, kinds=(nn.Linear,), only=called, kernels=context.kernels)
+    give_kernels(module, context.kernels)
 
 
 @contextmanager
@@ -141,7 +147,7 @@ def _probed_rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model |
             break
     if wrong is not None:
         return Refusal(wrong)
-    pack_linears(loaded.module, kinds=(nn.Linear,), only=called, kernels=context.kernels)
+    _pack(loaded.module, called, context)
     wrong = rows_difference(_run(model, size, device), wanted, tolerance)
     return model if wrong is None else Refusal(f"with packed linears, {wrong}")
 

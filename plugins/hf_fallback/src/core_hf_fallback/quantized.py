@@ -17,8 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from core.contracts import Checkpoint, QuantMethod
-from core.layers import QuantizedTensor
-from core.quant_weights import linear_weights
+from core.layers import HalfTensor, QuantizedTensor
+from core.quant_weights import kept_small, linear_weights
 
 NAME = "core_serve"  # of our quantizer among transformers'
 
@@ -38,18 +38,18 @@ class Held:
 class Unread:
     """A tensor that is read from the checkpoint when it is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
-        self._checkpoint, self._name = checkpoint, name
+    def __init__(self, checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> None:
+        self._checkpoint, self._name, self._dtype = checkpoint, name, dtype
 
     def __getitem__(self, whole: Any) -> Tensor:
-        return self._checkpoint.tensor(self._name)
+        return kept_small(self._checkpoint.tensor(self._name), self._dtype)
 
 
 def state_dict_of(checkpoint: Checkpoint, method: QuantMethod, dtype: torch.dtype) -> dict[str, Any]:
     """Return what `from_pretrained(None, state_dict=...)` takes."""
     if method.on_the_fly:
-        return {name: Unread(checkpoint, name) for name in checkpoint.tensor_names()}
-    return {name: Held(tensor) for name, tensor in method.tensors(checkpoint, dtype)}
+        return {name: Unread(checkpoint, name, dtype) for name in checkpoint.tensor_names()}
+    return {name: Held(kept_small(tensor, dtype)) for name, tensor in method.tensors(checkpoint, dtype)}
 
 
 def drop_quantization(config: Any) -> None:
@@ -64,14 +64,22 @@ def settle(model: Any, device: torch.device) -> nn.Module:
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
     model.eval().requires_grad_(False)
-    moved: dict[int, nn.Parameter] = {}
+    changed: dict[int, Tensor] = {}  # by id: tied weights stay tied
     for part in model.modules():
         for name, weight in part._parameters.items():
-            if isinstance(weight, QuantizedTensor) and weight.device.type != device.type:
-                if id(weight) not in moved:
-                    moved[id(weight)] = nn.Parameter(weight.to(device), requires_grad=False)
-                part._parameters[name] = moved[id(weight)]
+            if isinstance(weight, QuantizedTensor):
+                if id(weight) not in changed:
+                    changed[id(weight)] = _settled(weight, part, device)
+                part._parameters[name] = changed[id(weight)]
     return model.to(device) if device.type != "cpu" else model
+
+
+def _settled(weight: QuantizedTensor, part: nn.Module, device: torch.device) -> Tensor:
+    """Move a weight; halves stay halves only where nothing but a product or a row is asked of them."""
+    multiplied = isinstance(part, (nn.Linear, nn.Embedding)) or hasattr(part, "is_transposed")  # or a stack of experts
+    kept = multiplied or not isinstance(weight, HalfTensor)
+    found = weight.to(device) if kept else weight.dequantize().to(device)
+    return found if found is weight else nn.Parameter(found, requires_grad=False)
 
 
 # ------------------------------------------------------------------------------------------------ on the fly
@@ -132,7 +140,8 @@ class _Quantize(ConversionOps):
             weight = held[0] if isinstance(held, list) else held
             del held
             self.quantizer.done.add(name)
-            yield name, self.quantizer.method.quantize(name, weight)
+            floats = weight.dequantize() if isinstance(weight, HalfTensor) else weight
+            yield name, self.quantizer.method.quantize(name, floats)
 
 
 AUTO_QUANTIZER_MAPPING.setdefault(NAME, OnTheFlyQuantizer)

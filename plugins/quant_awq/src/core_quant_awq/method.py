@@ -115,7 +115,7 @@ class _Reader:
         tensor = self._read(part, shape)
         if tensor.dtype != dtype or tensor.dim() != 2:
             raise CheckpointError(
-                f"{self._where(part)} is {tensor.dtype} {list(tensor.shape)}; AWQ of packing {self.settings.packing} has "
+                f"{self._where(part)} is {tensor.dtype} {list(tensor.shape)}; AWQ's {self.settings.packing} has "
                 f"{dtype} of two dimensions there."
             )
         return tensor

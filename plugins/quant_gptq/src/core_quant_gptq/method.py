@@ -1,7 +1,7 @@
 """A GPTQ checkpoint as a stream of weights (Frantar et al. 2022). weight = (code - zero) * scale.
 
 qweight   int32 [in / n, out], n = 32 / bits codes a word, the first in the lowest bits
-qzeros    int32 [groups, out / n], likewise along the row; in v1 the zero less one, modulo 2 ** bits
+qzeros    int32 [groups, out / n], likewise along the output; in v1 the zero less one
 scales    float16 [groups, out]
 g_idx     int32 [in], the group of each column: j // group_size, or in another order with desc_act (columns by
           importance). Groups need not be of one size: the last may be smaller.
@@ -75,9 +75,12 @@ class GptqMethod:
         return _affine(codes, scales, zeros, index.long(), bits, dtype)
 
     def _zeros(self, words: Tensor, bits: int) -> Tensor:
-        """Int32 [groups, out / n] -> uint8 [groups, out]."""
-        stored = unpack_codes(words.contiguous().view(torch.uint8), bits)
-        return (stored + self.settings.zero_offset) & ((1 << bits) - 1)
+        """Int32 [groups, out / n] -> uint8 [groups, out].
+
+        v1 subtracts one from each code of a word with the whole word's borrow, so it is added to the whole word.
+        """
+        ones = 0x11111111 if bits == 4 else 0x01010101
+        return unpack_codes((words + ones * self.settings.zero_offset).view(torch.uint8), bits)
 
 
 def _affine(codes: Tensor, scales: Tensor, zeros: Tensor, index: Tensor, bits: int, dtype: torch.dtype) -> AffineTensor:
