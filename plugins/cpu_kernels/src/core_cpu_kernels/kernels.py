@@ -15,6 +15,7 @@ from core_cpu_kernels.library import Library, Weight, wanted_instruction_set
 PACKINGS = {"affine4": 1, "affine8": 2, "table4": 3, torch.float16: 4, torch.bfloat16: 5}
 GGML = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 GGML_PACKINGS = dict(zip(GGML, (102, 103, 106, 107, 108, 110, 111, 112, 113, 114, 120, 123), strict=True))
+GGML_PACKINGS |= {"F16": PACKINGS[torch.float16], "BF16": PACKINGS[torch.bfloat16]}  # halves are just halves
 TYPES = {torch.uint8: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
