@@ -1,0 +1,9 @@
+// The kernels compiled for one instruction set; setup.py gives this file its own compiler flags.
+#include "simd_avx2.h"
+#include "formats.h"
+#include "matmul.h"
+
+namespace core_kernels {
+extern const InstructionSet avx2_set;
+const InstructionSet avx2_set = {"avx2", find};
+}

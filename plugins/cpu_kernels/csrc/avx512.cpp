@@ -1,0 +1,9 @@
+// The kernels compiled for one instruction set; setup.py gives this file its own compiler flags.
+#include "simd_avx512.h"
+#include "formats.h"
+#include "matmul.h"
+
+namespace core_kernels {
+extern const InstructionSet avx512_set;
+const InstructionSet avx512_set = {"avx512", find};
+}

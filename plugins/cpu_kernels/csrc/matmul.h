@@ -1,0 +1,244 @@
+// The loops over any format: out[m, n] = sum over k of x[m, k] * weight[n, k] + bias[n].
+//
+// All sums run along k in the lanes of vectors and are added up across lanes at the end, so that weights are used in the
+// order in which they lie and x in the order that `prepare` gives it. By the number of rows of x:
+//   one            sum(raw * x) and sum(x) of a segment first, scale and offset once a segment
+//   up to MAX_ROWS a vector of weights is decoded into a register and used for every row
+//   more           a block of weights is decoded into the cache, then multiplied like floats, MAX_ROWS x 4 sums at a time
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <type_traits>
+#include <utility>
+
+#include "weight.h"
+
+namespace core_kernels { namespace {
+
+constexpr int COLUMNS = 4;           // rows of the weight, that is columns of out, at a time
+constexpr int BLOCK_COLUMNS = 32;    // decoded into the cache at a time ...
+constexpr int64_t BLOCK_FLOATS = 1024;  // ... so many floats of each
+
+template <class Body, int... I> inline __attribute__((always_inline)) void unroll(Body& body, std::integer_sequence<int, I...>) {
+    (body(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class Body> inline __attribute__((always_inline)) void unrolled(Body&& body) {
+    unroll(body, std::make_integer_sequence<int, N>{});
+}
+
+template <class Format> bool setup(Plan& plan) {
+    const Weight& weight = plan.weight;
+    plan.segments = (weight.in + Format::SEGMENT - 1) / Format::SEGMENT;
+    plan.vectors = plan.segments * Format::VECTORS;
+    plan.x_stride = plan.vectors * W + 16;  // rows must not start at the same place of a cache page
+    if (!Format::setup(plan)) return false;
+    plan.columns.clear();
+    for (int64_t s = 0; s < plan.segments; s++)
+        for (int i = 0; i < Format::VECTORS; i++)
+            for (int lane = 0; lane < W; lane++) {
+                const int64_t column = s * Format::SEGMENT + Format::column(i, lane);
+                plan.columns.push_back(column >= weight.in ? -1 : int32_t(weight.order ? weight.order[column] : column));
+            }
+    return true;
+}
+
+template <class Format> int64_t sum_floats(const Plan& plan) { return Format::OFFSET ? plan.segments * Format::PARTS * W : 0; }
+
+// x [rows, in] into the order of the codes; for one row the sums that offsets are multiplied with.
+template <class Format> void prepare(const Plan& plan, const float* x, int64_t rows, float* prepared, float* x_sums) {
+    const int64_t count = plan.vectors * W;
+    for (int64_t m = 0; m < rows; m++) {
+        const float* from = x + m * plan.weight.in;
+        float* to = prepared + m * plan.x_stride;
+        for (int64_t at = 0; at < count; at++) to[at] = plan.columns[at] < 0 ? 0.0f : from[plan.columns[at]];
+    }
+    if (!Format::OFFSET || rows != 1) return;
+    for (int64_t s = 0; s < plan.segments; s++) {
+        VF total[Format::PARTS];
+        for (auto& one : total) one = zero();
+        for (int i = 0; i < Format::VECTORS; i++)
+            total[Format::part(i)] = add(total[Format::part(i)], load(prepared + (s * Format::VECTORS + i) * W));
+        for (int part = 0; part < Format::PARTS; part++) store(x_sums + (s * Format::PARTS + part) * W, total[part]);
+    }
+}
+
+template <class Sums> inline void write(const Plan& plan, float* out, int64_t n, int64_t last, Sums four, bool first_block) {
+    float found[COLUMNS];
+    store4(found, four);
+    const int count = int(std::min<int64_t>(COLUMNS, last - n));
+    for (int c = 0; c < count; c++) {
+        const float before = !first_block ? out[n + c] : plan.weight.bias ? plan.weight.bias[n + c] : 0.0f;
+        out[n + c] = found[c] + before;
+    }
+}
+
+// -------------------------------------------------------------------------------------------------- one row
+
+template <class Format> void one_row(const Plan& plan, const Call& call, int64_t first, int64_t last) {
+    const Format format(plan);
+    for (int64_t n = first; n < last; n += COLUMNS) {
+        VF total[COLUMNS];
+        int64_t row[COLUMNS];
+        for (int c = 0; c < COLUMNS; c++) total[c] = zero(), row[c] = std::min(n + c, last - 1);
+        for (int64_t s = 0; s < plan.segments; s++) {
+            const float* x = call.x + s * Format::VECTORS * W;
+            const float* x_sum = Format::OFFSET ? call.x_sum + s * Format::PARTS * W : nullptr;
+            unrolled<COLUMNS>([&](auto c) {
+                const auto segment = format.segment(row[c], s);
+                if constexpr (!Format::SCALED) {
+                    unrolled<Format::VECTORS>([&](auto i) { total[c] = fma(format.template raw<i>(segment), load(x + i * W), total[c]); });
+                } else {
+                    VF part[Format::PARTS];
+                    for (auto& one : part) one = zero();
+                    unrolled<Format::VECTORS>([&](auto i) {
+                        constexpr int p = Format::part(i);
+                        part[p] = fma(format.template raw<i>(segment), load(x + i * W), part[p]);
+                    });
+                    unrolled<Format::PARTS>([&](auto p) {
+                        total[c] = fma(part[p], segment.scale[p], total[c]);
+                        if constexpr (Format::OFFSET) total[c] = fma(load(x_sum + p * W), segment.offset[p], total[c]);
+                    });
+                }
+            });
+        }
+        write(plan, call.out, n, last, sums(total[0], total[1], total[2], total[3]), true);
+    }
+}
+
+// -------------------------------------------------------------------------------------------------- few rows
+
+template <int I, class Format, class Segment> inline __attribute__((always_inline)) VF decoded(const Format& format, const Segment& segment) {
+    const VF raw = format.template raw<I>(segment);
+    if constexpr (!Format::SCALED) return raw;
+    else if constexpr (Format::OFFSET) return fma(raw, segment.scale[Format::part(I)], segment.offset[Format::part(I)]);
+    else return mul(raw, segment.scale[Format::part(I)]);
+}
+
+template <class Format, int ROWS> void few_rows(const Plan& plan, const Call& call, int64_t first, int64_t last) {
+    const Format format(plan);
+    for (int64_t n = first; n < last; n += COLUMNS) {
+        VF total[ROWS][COLUMNS];
+        int64_t row[COLUMNS];
+        for (int c = 0; c < COLUMNS; c++) row[c] = std::min(n + c, last - 1);
+        for (auto& one : total) for (auto& sum : one) sum = zero();
+        for (int64_t s = 0; s < plan.segments; s++) {
+            const float* x = call.x + s * Format::VECTORS * W;
+            unrolled<COLUMNS>([&](auto c) {
+                const auto segment = format.segment(row[c], s);
+                unrolled<Format::VECTORS>([&](auto i) {
+                    const VF weight = decoded<i>(format, segment);
+                    unrolled<ROWS>([&](auto m) { total[m][c] = fma(weight, load(x + m * plan.x_stride + i * W), total[m][c]); });
+                });
+            });
+        }
+        for (int m = 0; m < ROWS; m++)
+            write(plan, call.out + m * plan.weight.out, n, last, sums(total[m][0], total[m][1], total[m][2], total[m][3]), true);
+    }
+}
+
+// -------------------------------------------------------------------------------------------------- many rows
+
+// weights [steps][COLUMNS][W] as decoded, x [ROWS] rows of it: ROWS x COLUMNS sums over steps.
+template <int ROWS> void tile(const Plan& plan, const float* weights, const float* x, int64_t steps, float* out, int64_t n, int64_t last, bool first_block) {
+    VF total[ROWS][COLUMNS];
+    for (auto& one : total) for (auto& sum : one) sum = zero();
+    for (int64_t step = 0; step < steps; step++) {
+        if constexpr (ROWS > COLUMNS) {  // hold what is fewer in registers
+            VF held[COLUMNS];
+            unrolled<COLUMNS>([&](auto c) { held[c] = load(weights + (step * COLUMNS + c) * W); });
+            unrolled<ROWS>([&](auto m) {
+                const VF one = load(x + m * plan.x_stride + step * W);
+                unrolled<COLUMNS>([&](auto c) { total[m][c] = fma(held[c], one, total[m][c]); });
+            });
+        } else {
+            VF held[ROWS];
+            unrolled<ROWS>([&](auto m) { held[m] = load(x + m * plan.x_stride + step * W); });
+            unrolled<COLUMNS>([&](auto c) {
+                const VF one = load(weights + (step * COLUMNS + c) * W);
+                unrolled<ROWS>([&](auto m) { total[m][c] = fma(held[m], one, total[m][c]); });
+            });
+        }
+    }
+    for (int m = 0; m < ROWS; m++)
+        write(plan, out + m * plan.weight.out, n, last, sums(total[m][0], total[m][1], total[m][2], total[m][3]), first_block);
+}
+
+template <int ROWS> void tile_of(int rows, const Plan& plan, const float* weights, const float* x, int64_t steps, float* out, int64_t n, int64_t last, bool first_block) {
+    if (rows == ROWS) return tile<ROWS>(plan, weights, x, steps, out, n, last, first_block);
+    if constexpr (ROWS > 1) tile_of<ROWS - 1>(rows, plan, weights, x, steps, out, n, last, first_block);
+}
+
+// COLUMNS rows of the weight from n on, segments [from, to): [steps][COLUMNS][W].
+template <class Format> void decode(const Format& format, int64_t n, int64_t last, int64_t from, int64_t to, float* weights) {
+    for (int c = 0; c < COLUMNS; c++) {
+        const int64_t row = std::min(n + c, last - 1);
+        for (int64_t s = from; s < to; s++) {
+            const auto segment = format.segment(row, s);
+            float* at = weights + ((s - from) * Format::VECTORS * COLUMNS + c) * W;
+            unrolled<Format::VECTORS>([&](auto i) { store(at + i * COLUMNS * W, decoded<i>(format, segment)); });
+        }
+    }
+}
+
+inline float* block_memory() {
+    struct Memory {
+        float* at = static_cast<float*>(std::aligned_alloc(64, BLOCK_COLUMNS * BLOCK_FLOATS * sizeof(float)));
+        ~Memory() { std::free(at); }
+    };
+    static thread_local Memory memory;
+    return memory.at;
+}
+
+template <class Format> void many_rows(const Plan& plan, const Call& call, int64_t first, int64_t last) {
+    const Format format(plan);
+    float* weights = block_memory();
+    const int64_t tiles = (call.rows + MAX_ROWS - 1) / MAX_ROWS;  // rows are shared out evenly: 16 as 6, 5, 5
+    const int64_t per_block = std::max<int64_t>(1, BLOCK_FLOATS / Format::SEGMENT);
+    const int64_t blocks = (plan.segments + per_block - 1) / per_block;
+    for (int64_t n = first; n < last; n += BLOCK_COLUMNS) {
+        const int64_t end = std::min<int64_t>(n + BLOCK_COLUMNS, last);
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t from = plan.segments * block / blocks, to = plan.segments * (block + 1) / blocks;
+            const int64_t steps = (to - from) * Format::VECTORS, floats = steps * COLUMNS * W;
+            for (int64_t c = n; c < end; c += COLUMNS) decode(format, c, end, from, to, weights + (c - n) / COLUMNS * floats);
+            for (int64_t t = 0; t < tiles; t++) {
+                const int64_t m = call.rows * t / tiles, rows = call.rows * (t + 1) / tiles - m;
+                const float* x = call.x + m * plan.x_stride + from * Format::VECTORS * W;
+                for (int64_t c = n; c < end; c += COLUMNS)
+                    tile_of<MAX_ROWS>(int(rows), plan, weights + (c - n) / COLUMNS * floats, x, steps, call.out + m * plan.weight.out, c, end, block == 0);
+            }
+        }
+    }
+}
+
+// -------------------------------------------------------------------------------------------------- by rows
+
+template <class Format, int ROWS> void few_rows_of(const Plan& plan, const Call& call, int64_t first, int64_t last) {
+    if (call.rows == ROWS) return few_rows<Format, ROWS>(plan, call, first, last);
+    if constexpr (ROWS > 2) few_rows_of<Format, ROWS - 1>(plan, call, first, last);
+}
+
+template <class Format> void multiply(const Plan& plan, const Call& call, int64_t first, int64_t last) {
+    if (call.rows == 1) one_row<Format>(plan, call, first, last);
+    else if (call.rows <= MAX_ROWS) few_rows_of<Format, MAX_ROWS>(plan, call, first, last);
+    else many_rows<Format>(plan, call, first, last);
+}
+
+template <class Format> const Packing* packing() {
+    static const Packing found = {setup<Format>, prepare<Format>, multiply<Format>, sum_floats<Format>};
+    return &found;
+}
+
+inline const Packing* find(int32_t packing_id) {
+    switch (packing_id) {
+        case AFFINE4: return packing<Words<4, false>>();
+        case AFFINE8: return packing<Words<8, false>>();
+        case TABLE4: return packing<Words<4, true>>();
+        case HALF: return packing<Halves<false>>();
+        case BRAIN_HALF: return packing<Halves<true>>();
+    }
+    return nullptr;
+}
+
+}}  // namespace core_kernels

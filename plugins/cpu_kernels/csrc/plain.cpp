@@ -1,0 +1,9 @@
+// The kernels compiled for one instruction set; setup.py gives this file its own compiler flags.
+#include "simd_plain.h"
+#include "formats.h"
+#include "matmul.h"
+
+namespace core_kernels {
+extern const InstructionSet plain_set;
+const InstructionSet plain_set = {"plain", find};
+}

@@ -1,0 +1,77 @@
+// Vectors of 16 floats: AVX-512 F, BW, DQ and VL.
+#pragma once
+
+#include <immintrin.h>
+
+#include "weight.h"
+
+namespace core_kernels { namespace {
+
+constexpr int W = 16;
+constexpr int MAX_ROWS = 6;  // rows of x at once: 6 x 4 sums, 4 weights and one x are 29 of 32 registers
+
+using VF = __m512;
+using VI = __m512i;
+
+inline VF zero() { return _mm512_setzero_ps(); }
+inline VF set1(float value) { return _mm512_set1_ps(value); }
+inline VF load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, VF v) { _mm512_storeu_ps(p, v); }
+inline VF fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
+inline VF mul(VF a, VF b) { return _mm512_mul_ps(a, b); }
+inline VF add(VF a, VF b) { return _mm512_add_ps(a, b); }
+inline VF negate(VF a) { return _mm512_sub_ps(zero(), a); }
+inline float sum(VF v) { return _mm512_reduce_add_ps(v); }
+
+// The sums of four vectors.
+inline __m128 sums(VF a, VF b, VF c, VF d) {
+    const auto fold = [](VF v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); };
+    const __m256 ab = _mm256_hadd_ps(fold(a), fold(b)), cd = _mm256_hadd_ps(fold(c), fold(d));
+    const __m256 all = _mm256_hadd_ps(ab, cd);
+    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+}
+inline void store4(float* p, __m128 v) { _mm_storeu_ps(p, v); }
+
+inline __mmask16 first_lanes(int count) { return count >= W ? __mmask16(0xffff) : __mmask16((1u << (count < 0 ? 0 : count)) - 1); }
+inline VF load_first(const float* p, int count) { return _mm512_maskz_loadu_ps(first_lanes(count), p); }
+inline VI load_words(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline VI load_words_first(const uint8_t* p, int count) { return _mm512_maskz_loadu_epi32(first_lanes(count), p); }
+
+template <int SHIFT> inline VI shift_right(VI v) {
+    if constexpr (SHIFT == 0) return v; else return _mm512_srli_epi32(v, SHIFT);
+}
+inline VI mask(VI v, int bits) { return _mm512_and_si512(v, _mm512_set1_epi32(bits)); }
+inline VF to_float(VI v) { return _mm512_cvtepi32_ps(v); }
+
+struct Table { VF values; };
+inline Table load_table(const float* p) { return {load(p)}; }
+inline VF look_up(const Table& table, VI low4) { return _mm512_permutexvar_ps(low4, table.values); }  // other bits are ignored
+constexpr bool TABLE_IS_FREE = true;  // a look-up costs no more than masking and converting a code
+
+using Lanes = VI;
+inline Lanes load_lanes(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline VF permute(VF v, Lanes lanes) { return _mm512_permutexvar_ps(lanes, v); }
+constexpr bool HAS_PERMUTE = true;
+
+inline float half(uint16_t h) { return _cvtsh_ss(h); }
+
+// `count` scales of a type, from the given index on; the other lanes are zero.
+inline VF load_scales(const void* base, int64_t index, int count, int32_t type) {
+    const __mmask16 k = first_lanes(count);
+    if (type == FLOAT32) return _mm512_maskz_loadu_ps(k, static_cast<const float*>(base) + index);
+    if (type == UINT8) return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(k, static_cast<const uint8_t*>(base) + index)));
+    const __m256i raw = _mm256_maskz_loadu_epi16(k, static_cast<const uint16_t*>(base) + index);
+    if (type == FLOAT16) return _mm512_cvtph_ps(raw);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+
+inline VF load_halves(const uint16_t* p, int count) {
+    return _mm512_cvtph_ps(count >= W ? _mm256_loadu_si256((const __m256i*)p) : _mm256_maskz_loadu_epi16(first_lanes(count), p));
+}
+inline VF load_brain_halves(const uint16_t* p, int count) {
+    const __m256i raw = count >= W ? _mm256_loadu_si256((const __m256i*)p) : _mm256_maskz_loadu_epi16(first_lanes(count), p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+inline VF load_int8(const int8_t* p) { return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+
+}}  // namespace core_kernels

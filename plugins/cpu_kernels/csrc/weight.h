@@ -1,0 +1,87 @@
+// What the C ABI, the dispatcher and the code of each instruction set share. Knows no instruction set.
+//
+// A weight [out, in] is read row by row. Every packing cuts a row into segments: a fixed number of vectors of codes whose
+// lanes share a scale and an offset. In which column of the weight a lane of a segment lies is the packing's choice, made so
+// that decoding is cheap; x is brought into the same order once a call, so that both are read straight ahead.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace core_kernels {
+
+enum FloatType : int32_t { NONE = 0, UINT8 = 1, FLOAT16 = 2, BFLOAT16 = 3, FLOAT32 = 4 };
+
+// Mirrored field by field by core_cpu_kernels/library.py.
+struct Weight {
+    int64_t out, in;
+    int64_t group;           // columns that share a scale; 0: the packing knows
+    int64_t row_bytes;       // from one row of codes to the next
+    const uint8_t* codes;    // [out, row_bytes]
+    const void* scales;      // [out, in / group] of scale_type
+    const void* extra;       // [out, in / group] of extra_type: UINT8 zeros, or float offsets; NONE: the middle code is zero
+    const float* table;      // [16]
+    const int64_t* order;    // [in]: column j of the codes multiplies x[order[j]]; null: x[j]
+    const float* bias;       // [out], or null
+    int32_t packing, scale_type, extra_type;
+};
+
+enum ScaleMode { BROADCAST, PERMUTE, BY_LANE };
+
+// A weight made ready: what follows from its shape alone. Holds no copy of its bytes.
+struct Plan {
+    Weight weight;
+    int64_t segments = 0;            // a row
+    int64_t vectors = 0;             // of x a row: segments * vectors of a segment
+    int64_t x_stride = 0;            // floats from one row of prepared x to the next
+    std::vector<int32_t> columns;    // [vectors * lanes]: which x stands there, -1 a zero; empty: x as it is, then zeros
+    ScaleMode mode = BROADCAST;
+    int64_t groups = 0;              // a row
+    int64_t groups_per_segment = 0;  // PERMUTE
+    std::vector<int32_t> group_of;   // BROADCAST [segments], BY_LANE [segments * lanes] (-1: no such column)
+    std::vector<int32_t> lanes;      // PERMUTE [lanes]: which of the segment's groups
+};
+
+// One multiplication: out[rows, n] = x[rows, in] @ weight.T.
+struct Call {
+    const float* x;      // prepared, [rows, x_stride]
+    const float* x_sum;  // one row only: the sum of a segment's vectors of each part, [segments * parts, lanes]
+    float* out;          // [rows, out]
+    int64_t rows;
+};
+
+// The code of one packing in one instruction set.
+struct Packing {
+    bool (*setup)(Plan&);  // false: there is no kernel for this weight
+    void (*prepare)(const Plan&, const float* x, int64_t rows, float* prepared, float* sums);
+    void (*multiply)(const Plan&, const Call&, int64_t first, int64_t last);  // rows [first, last) of the weight
+    int64_t (*sum_floats)(const Plan&);
+};
+
+struct InstructionSet {
+    const char* name;
+    const Packing* (*find)(int32_t packing);  // null: none
+};
+
+// Numbers of packings; mirrored by core_cpu_kernels/packings.py. GGML's are 100 + ggml_type.
+enum PackingId : int32_t { AFFINE4 = 1, AFFINE8 = 2, TABLE4 = 3, HALF = 4, BRAIN_HALF = 5, GGML = 100 };
+
+inline float half_to_float(uint16_t h) {
+    const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3ff;
+    union { uint32_t i; float f; } u;
+    if (exponent == 0) {  // zero or subnormal: fraction * 2^-24
+        u.f = float(fraction) * 5.9604644775390625e-8f;
+        u.i |= sign;
+    } else {
+        u.i = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
+    }
+    return u.f;
+}
+
+inline float brain_half_to_float(uint16_t h) {
+    union { uint32_t i; float f; } u;
+    u.i = uint32_t(h) << 16;
+    return u.f;
+}
+
+}  // namespace core_kernels

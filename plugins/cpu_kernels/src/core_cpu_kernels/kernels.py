@@ -1,0 +1,119 @@
+"""CpuKernels: which weights have a kernel, and the function that multiplies with one."""
+
+from __future__ import annotations
+
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.errors import CoreError
+from core.layers import AffineTensor, QuantizedTensor, TableTensor
+from core_cpu_kernels.library import Library, Weight, wanted_instruction_set
+
+PACKINGS = {"affine4": 1, "affine8": 2, "table4": 3, torch.float16: 4, torch.bfloat16: 5}
+TYPES = {torch.uint8: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class CpuKernels:
+    """A `core.contracts.Kernels` for CPUs."""
+
+    def __init__(self, instruction_set: str | None = None) -> None:
+        """`instruction_set`: avx512, avx2 or plain; None: what the environment says, else the best there is."""
+        self.library = Library(wanted_instruction_set() if instruction_set is None else instruction_set)
+        self.name = f"cpu_kernels ({self.library.instruction_set})"
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+        if weight.dim() != 2 or weight.device.type != "cpu" or 0 in weight.shape:
+            return None
+        described = _describe(weight)
+        if described is None:
+            return None
+        spec, kept = described
+        if bias is not None:
+            kept["bias"] = bias.detach().float().contiguous()
+            spec.bias = kept["bias"].data_ptr()
+        made = self.library.make(spec)
+        return None if made is None else KernelFunction(self.library, made, spec, kept)
+
+
+class KernelFunction:
+    """x [..., in] -> [..., out]; computes in float32 and answers in x's dtype."""
+
+    def __init__(self, library: Library, made: int, spec: Weight, kept: dict[str, Tensor]) -> None:
+        self._made, self._linear, self._free = made, library.linear, library.free
+        self.in_features, self.out_features = int(spec.in_), int(spec.out)
+        self._kept = kept  # what the library points at
+        self._spec = spec
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Raises CoreError for an x of another width, or one that holds no floats."""
+        if x.dtype is not torch.float32:
+            return self._in_float32(x)
+        if x.requires_grad or not x.is_contiguous():
+            x = x.detach().contiguous()
+        *leading, width = x.shape
+        if width != self.in_features or x.device.type != "cpu":
+            raise CoreError(f"This linear takes [..., {self.in_features}] on the CPU, not {list(x.shape)} on {x.device}.")
+        out = x.new_empty((*leading, self.out_features))
+        rows = x.numel() // width
+        if rows and self._linear(self._made, x.data_ptr(), out.data_ptr(), rows):
+            raise MemoryError(f"no memory for the activations {list(x.shape)}")
+        return out
+
+    def _in_float32(self, x: Tensor) -> Tensor:
+        if x.dtype not in FLOATS:
+            raise CoreError(f"This linear takes float32, float16 or bfloat16, not {x.dtype}.")
+        return self(x.float()).to(x.dtype)
+
+    def __deepcopy__(self, memo: Any) -> KernelFunction:
+        return self  # the weight that it reads is never written to
+
+    def __del__(self) -> None:
+        self._free(self._made)
+
+
+def _describe(weight: Tensor) -> tuple[Weight, dict[str, Tensor]] | None:
+    """Return the C description of a weight, and the tensors that it points into; None for what has no kernel."""
+    if type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype in PACKINGS:
+        return _plain(weight.detach())
+    if isinstance(weight, AffineTensor | TableTensor) and weight.packing in PACKINGS:
+        return _grouped(weight)
+    return None
+
+
+def _plain(weight: Tensor) -> tuple[Weight, dict[str, Tensor]] | None:
+    if not weight.is_contiguous():
+        return None
+    return _spec(weight, PACKINGS[weight.dtype], weight, 2 * weight.shape[1]), {"codes": weight}
+
+
+def _grouped(weight: QuantizedTensor) -> tuple[Weight, dict[str, Tensor]] | None:
+    parts = dict(weight.parts)
+    extra = parts.get("zeros", parts.get("offsets"))
+    used = [part for part in (parts["codes"], parts["scales"], extra) if part is not None]
+    if not all(part.is_contiguous() and part.dtype in TYPES for part in used):
+        return None
+    codes, scales = parts["codes"], parts["scales"]
+    spec = _spec(weight, PACKINGS[weight.packing], codes, codes.shape[-1])
+    spec.group, spec.scales, spec.scale_type = weight.settings["group_size"], scales.data_ptr(), TYPES[scales.dtype]
+    if extra is not None:
+        spec.extra, spec.extra_type = extra.data_ptr(), TYPES[extra.dtype]
+    if weight.settings.get("order") is not None:
+        parts["order"] = weight.settings["order"].to(torch.int64).contiguous()
+        spec.order = parts["order"].data_ptr()
+    if "table" in weight.settings:
+        parts["table"] = torch.tensor(weight.settings["table"], dtype=torch.float32)
+        spec.table = parts["table"].data_ptr()
+    return spec, parts
+
+
+def _spec(weight: Tensor, packing: int, codes: Tensor, row_bytes: int) -> Weight:
+    out, in_ = weight.shape
+    spec = Weight(out=out, in_=in_, row_bytes=row_bytes, codes=codes.data_ptr(), packing=packing)
+    return spec
+
+

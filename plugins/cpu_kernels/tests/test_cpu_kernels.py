@@ -1,0 +1,182 @@
+"""Every kernel gives what decode-then-multiply gives, at any number of rows, whatever the instruction set."""
+
+import copy
+
+import pytest
+import torch
+from core_cpu_kernels.kernels import CpuKernels
+from core_cpu_kernels.library import Library
+from torch import nn
+
+from core.errors import CoreError, PluginError
+from core.layers import AffineTensor, Linear, TableTensor, pack_linears
+
+BOUND = 2e-6  # relative, by norm: what accumulation in float32 explains
+ROWS = [1, 2, 3, 4, 5, 6, 7, 13, 16, 33, 64, 129, 512]
+NF4 = (-1.0, -0.69, -0.52, -0.39, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16, 0.24, 0.33, 0.44, 0.56, 0.72, 1.0)
+
+
+def available():
+    found = []
+    for name in ("avx512", "avx2", "plain"):
+        try:
+            found.append(Library(name).instruction_set)
+        except PluginError:
+            continue
+    return found
+
+
+@pytest.fixture(params=available())
+def kernels(request):
+    return CpuKernels(request.param)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def affine(bits, out, size, group, kind="zeros", dtype=torch.float16, order=False, seed=0):
+    made = torch.Generator().manual_seed(seed)
+    groups = size // group
+    parts = {
+        "codes": torch.randint(0, 256, (out, size * bits // 8), dtype=torch.uint8, generator=made),
+        "scales": (torch.rand(out, groups, generator=made) * 0.02 + 0.001).to(dtype),
+    }
+    if kind == "zeros":
+        parts["zeros"] = torch.randint(0, 1 << bits, (out, groups), dtype=torch.uint8, generator=made)
+    if kind == "offsets":
+        parts["offsets"] = torch.randn(out, groups, generator=made).mul(0.1).to(dtype)
+    settings = {"order": torch.randperm(size, generator=made)} if order else {}
+    return AffineTensor(parts, size, torch.float32, bits=bits, group_size=group, **settings)
+
+
+def table(out, size, group, dtype=torch.float32):
+    parts = {
+        "codes": torch.randint(0, 256, (out, size // 2), dtype=torch.uint8),
+        "scales": torch.rand(out, size // group).to(dtype),
+    }
+    return TableTensor(parts, size, torch.float32, group_size=group, table=NF4)
+
+
+def assert_right(kernels, weight, rows, bias=None, bound=BOUND):
+    """Compare with float64; every row that the kernel was not asked for must stay as it was."""
+    linear = kernels.linear(weight, bias)
+    assert linear is not None
+    floats = weight.decode() if hasattr(weight, "decode") else weight
+    for count in rows:
+        x = torch.randn(count, weight.shape[1], generator=torch.Generator().manual_seed(count))
+        wanted = nn.functional.linear(x.double(), floats.double(), None if bias is None else bias.double())
+        found = linear(x)
+        assert found.shape == wanted.shape and found.dtype == torch.float32
+        error = (found.double() - wanted).norm() / wanted.norm()
+        assert error < bound, f"{count} rows: relative error {error:.2e}"
+        worst = ((found.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max()
+        assert worst < 3 * bound, f"{count} rows: one of them is off by {worst:.2e}"
+
+
+@pytest.mark.parametrize("kind", ["zeros", "offsets", "middle"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_affine_weights_at_any_number_of_rows(kernels, threads, bits, kind):
+    assert_right(kernels, affine(bits, 70, 576, 64, kind), ROWS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    "size, group",
+    [(8, 8), (40, 8), (72, 24), (96, 32), (136, 136), (160, 16), (192, 96), (576, 576), (1536, 128), (2112, 64), (640, 320)],
+)
+def test_affine_weights_of_any_width_and_group(kernels, size, group, bits, dtype):
+    for kind in ("zeros", "offsets", "middle"):
+        assert_right(kernels, affine(bits, 5, size, group, kind, dtype), [1, 3, 9])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_columns_in_another_order(kernels, bits):
+    assert_right(kernels, affine(bits, 33, 192, 32, order=True), [1, 2, 17])
+
+
+@pytest.mark.parametrize("size, group", [(64, 64), (72, 8), (576, 64), (1024, 128), (96, 96)])
+def test_tables_of_16_values(kernels, size, group):
+    for dtype in (torch.float32, torch.float16):
+        assert_right(kernels, table(37, size, group, dtype), [1, 2, 6, 11, 40])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 7, 64, 100, 577])
+def test_halves_are_multiplied_as_they_lie(kernels, size, dtype):
+    assert_right(kernels, torch.randn(43, size, generator=torch.Generator().manual_seed(1)).to(dtype), [1, 4, 9, 65])
+
+
+def test_a_subnormal_an_infinite_and_a_nan_half_stay_what_they_are(kernels):
+    values = torch.tensor([6e-8, -6e-5, float("inf"), float("nan"), -0.0, 65504.0]).half()
+    for rows in (1, 2, 8):
+        found = kernels.linear(values[:, None].contiguous(), None)(torch.ones(rows, 1))
+        torch.testing.assert_close(found, values.float().expand(rows, -1), equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_a_bias_is_added_once(kernels, rows):
+    assert_right(kernels, affine(4, 45, 2304, 64), [rows], bias=torch.randn(45))
+
+
+def test_what_lies_beyond_a_row_is_never_used(kernels):
+    """Scales of other rows are NaN, and so are the bytes behind the last one."""
+    whole = affine(4, 3, 72, 8, dtype=torch.float32)
+    for name in ("codes", "scales", "zeros"):
+        whole.parts[name][[0, 2]] = torch.nan if name == "scales" else 255
+    assert_right(kernels, whole[1:2], [1, 2, 9])
+
+
+def test_output_of_one_weight_row_and_of_thousands(kernels, threads):
+    for out in (1, 2, 31, 32, 33, 3001):
+        assert_right(kernels, affine(8, out, 64, 32), [1, 2, 8])
+
+
+def test_shapes_and_dtypes_of_x(kernels):
+    weight = affine(4, 24, 64, 32)
+    linear, x = kernels.linear(weight, None), torch.randn(2, 3, 64)
+    wanted = nn.functional.linear(x, weight.decode())
+    torch.testing.assert_close(linear(x), wanted)
+    torch.testing.assert_close(linear(x.transpose(0, 1)), wanted.transpose(0, 1))
+    torch.testing.assert_close(linear(x[0, 0]), wanted[0, 0])
+    assert linear(x[:0]).shape == (0, 3, 24)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert linear(x.to(dtype)).dtype == dtype
+        torch.testing.assert_close(linear(x.to(dtype)), wanted.to(dtype), rtol=2e-2, atol=2e-2)
+    with pytest.raises(CoreError, match="takes \\[..., 64\\]"):
+        linear(torch.randn(2, 63))
+    with pytest.raises(CoreError, match=r"not torch\.int64"):
+        linear(torch.ones(2, 64, dtype=torch.int64))
+
+
+def test_what_has_no_kernel_is_declined(kernels):
+    assert kernels.linear(torch.randn(4, 8), None) is None  # float32 has a better layout
+    assert kernels.linear(torch.randn(4, 8).double(), None) is None
+    assert kernels.linear(torch.randn(2, 4, 8).half(), None) is None
+    assert kernels.linear(torch.randn(8, 8).half().T, None) is None  # not row after row
+    assert kernels.linear(affine(4, 4, 12, 4), None) is None  # groups that are no whole words
+
+
+def test_a_function_outlives_the_weight_it_came_from_and_copies_share_it(kernels):
+    weight, x = affine(4, 24, 64, 32), torch.randn(3, 64)
+    wanted = nn.functional.linear(x, weight.decode())
+    linear = copy.deepcopy(kernels.linear(weight, None))
+    del weight
+    torch.testing.assert_close(linear(x), wanted)
+
+
+def test_modules_get_their_kernels(kernels):
+    model = nn.Sequential(Linear(64, 24, True, torch.float32))
+    model[0].weight = nn.Parameter(affine(4, 24, 64, 32), requires_grad=False)
+    model[0].bias.data.normal_()
+    x, weight = torch.randn(5, 64), model[0].weight
+    wanted = nn.functional.linear(x, weight.decode(), model[0].bias)
+    pack_linears(model, kernels=kernels)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), wanted)
+    assert model[0].weight.parts["codes"].data_ptr() == weight.parts["codes"].data_ptr()
