@@ -25,13 +25,11 @@ class AwqQuantizer:
 
     name = "awq"
     calibrates = True
-    group_sizes = (-1, 32, 64, 128)
+    group_sizes = (-1, 16, 32, 64, 128)
 
     def __init__(self, settings: QuantizeSettings) -> None:
         if settings.symmetric or settings.desc_act is not None:
-            raise ConfigError(
-                "awq has zero points and no order of columns; leave --symmetric and --desc-act out."
-            )
+            raise ConfigError("awq has zero points and no order of columns; leave --symmetric and --desc-act out.")
         self.group_size = settings.group_size or 128
 
     def quantize_layer(self, layer: DecoderLayer) -> Mapping[str, Mapping[str, Tensor]]:

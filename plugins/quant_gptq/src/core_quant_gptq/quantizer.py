@@ -27,7 +27,7 @@ class GptqQuantizer:
 
     name = "gptq"
     calibrates = True
-    group_sizes = (-1, 32, 64, 128)
+    group_sizes = (-1, 16, 32, 64, 128)
 
     def __init__(self, settings: QuantizeSettings) -> None:
         self.group_size = settings.group_size or 128
