@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 import core
 from core.commands.chat import chat
+from core.commands.eval_quant import eval_quant
 from core.commands.explain import explain
 from core.commands.generate import generate
 from core.commands.options import engine_options
@@ -26,7 +27,7 @@ from core.errors import CoreError
 from core.plugins import PluginHost
 
 PROG = "core-serve"
-COMMANDS: tuple[click.Command, ...] = (plugins, explain, generate, chat, supported_models, verify, quantize)
+COMMANDS: tuple[click.Command, ...] = (plugins, explain, generate, chat, supported_models, verify, quantize, eval_quant)
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ LAYERS = [
         "verify_texts",
     },
     {"quantize"},
+    {"eval_quant", "eval_quant_report"},
     {"supported_check", "supported_models"},
     {"server"},
     {"cli", "commands"},
