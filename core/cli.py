@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 import core
 from core.commands.chat import chat
+from core.commands.eval_quant import eval_quant
 from core.commands.explain import explain
 from core.commands.generate import generate
 from core.commands.kernels import kernels
@@ -34,6 +35,7 @@ COMMANDS: tuple[click.Command, ...] = (
     chat,
     verify,
     quantize,
+    eval_quant,
     supported_models,
     kernels,
 )

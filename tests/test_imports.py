@@ -46,6 +46,7 @@ LAYERS = [
         "verify_texts",
     },
     {"quantize"},
+    {"eval_quant", "eval_quant_report"},
     {"supported_check", "supported_models", "supported_page", "supported_results"},
     {"server"},
     {"cli", "commands"},

@@ -203,8 +203,8 @@ def source(tmp_path_factory):
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        ("int4", QuantizeSettings(group_size=32)),
-        ("int4", QuantizeSettings(group_size=32, symmetric=False)),
+        ("int4", QuantizeSettings(group_size=16)),
+        ("int4", QuantizeSettings(group_size=16, symmetric=False)),
         ("int8", QuantizeSettings(group_size=-1)),
     ],
     ids=["int4", "int4-asymmetric", "int8-channel"],
@@ -234,7 +234,7 @@ def test_what_quantize_makes_is_loaded_by_transformers_and_served_here(method, s
 def test_int4_rounds_better_than_the_plain_range(source):
     from core_quant_compressed_tensors.quantizer import IntQuantizer
 
-    quantizer = IntQuantizer(4, QuantizeSettings(group_size=32))
+    quantizer = IntQuantizer(4, QuantizeSettings(group_size=16))
     weight = torch.randn(64, 128)
     plain = weight.unflatten(1, (-1, 32))
     scale = plain.abs().amax(-1, keepdim=True) / 7.5
@@ -258,12 +258,12 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(source, tmp_path):
             raise CutOff
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    settings = QuantizeSettings(group_size=32)
+    settings = QuantizeSettings(group_size=16)
     quantize(QuantizeJob(str(source), "int4", whole, settings), PluginHost.load())
     with pytest.raises(CutOff):
         quantize(QuantizeJob(str(source), "int4", parts, settings), PluginHost.load(), stop)
     with pytest.raises(ConfigError, match=r"unfinished checkpoint made otherwise \(group_size differ\)"):
-        quantize(QuantizeJob(str(source), "int4", parts, QuantizeSettings(group_size=16)), PluginHost.load())
+        quantize(QuantizeJob(str(source), "int4", parts, QuantizeSettings(group_size=-1)), PluginHost.load())
     seen = []
     quantize(
         QuantizeJob(str(source), "int4", parts, settings), PluginHost.load(), lambda done, total: seen.append(done)

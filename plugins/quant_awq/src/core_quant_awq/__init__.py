@@ -8,7 +8,7 @@ from core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from core.config import EngineConfig
-    from core.contracts import QuantMethod
+    from core.contracts import Quantizer, QuantizeSettings, QuantMethod
     from core.spec import ModelSpec
 
 CORE_API = (1, 0)
@@ -25,3 +25,12 @@ def provide_quant_method(spec: ModelSpec, options: EngineConfig) -> QuantMethod 
     from core_quant_awq.method import AwqMethod
 
     return AwqMethod(settings)
+
+
+@hookimpl
+def provide_quantizer(method: str, settings: QuantizeSettings) -> Quantizer | None:
+    if method != "awq":
+        return None
+    from core_quant_awq.quantizer import AwqQuantizer
+
+    return AwqQuantizer(settings)

@@ -51,3 +51,9 @@ def codes_of_gemv_fast(qweight: Tensor) -> Tensor:
     rows = nibbles.view(quarter, columns // 64, 4, 64).transpose(1, 2).reshape(quarter * 4, columns)
     eights = rows.view(-1, 4, 2, 4).transpose(2, 3)  # of 32 columns: 4 times 8, of which even ones came first
     return pack_codes(eights.reshape(-1, 4, 4, 2).transpose(1, 2).reshape(quarter * 4, columns), 4)
+
+
+def words_of_rows(codes: Tensor) -> Tensor:
+    """Codes [n, out], each below 16 -> int32 [n, out / 8]: the inverse of rows_of_gemm."""
+    eights = codes.to(torch.uint8).unflatten(-1, (-1, 8))[..., list(ORDER)]
+    return pack_codes(eights.flatten(-2), 4).contiguous().view(torch.int32)

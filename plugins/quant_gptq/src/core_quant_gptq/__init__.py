@@ -8,7 +8,7 @@ from core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from core.config import EngineConfig
-    from core.contracts import QuantMethod
+    from core.contracts import Quantizer, QuantizeSettings, QuantMethod
     from core.spec import ModelSpec
 
 CORE_API = (1, 0)
@@ -25,3 +25,12 @@ def provide_quant_method(spec: ModelSpec, options: EngineConfig) -> QuantMethod 
     from core_quant_gptq.method import GptqMethod
 
     return GptqMethod(settings)
+
+
+@hookimpl
+def provide_quantizer(method: str, settings: QuantizeSettings) -> Quantizer | None:
+    if method != "gptq":
+        return None
+    from core_quant_gptq.quantizer import GptqQuantizer
+
+    return GptqQuantizer(settings)
