@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from core.contracts import Checkpoint, Model, Refusal
 from core.errors import CoreError
-from core.layers import give_kernels, pack_linears
+from core.layers import give_kernels, pack_linears, unpack_linears
 from core.model_loader import BuildContext
 from core_hf_fallback.blame import is_ours
-from core_hf_fallback.cache import CacheModel
+from core_hf_fallback.cache import CacheModel, Stepper
 from core_hf_fallback.interface import bind, configs_of
 from core_hf_fallback.load import load_module
+from core_hf_fallback.module_state import ModuleState
 from core_hf_fallback.paged import NotPaged, PagedModel, logits_of
 from core_hf_fallback.patches.calls import linear_calls
 from core_hf_fallback.patches.patcher import Patcher
@@ -43,18 +44,33 @@ class Loaded:
         self.own_attention = {id(config): config._attn_implementation for config in configs_of(module)}
         self.counts_tokens = False  # it takes positions from a count of tokens, which padding would falsify
         self.embedding_size = embedding_size(module)
-        self.probe = Probe.of(self.plain_logits, self.embedding_size, input_embedding(module))
+        found: list[Probe] = []
+        # Some models keep state in their modules; it is put back, so that no tier finds the probe's.
+        ModuleState(module).learn(lambda: found.append(self._plain_probe()))
+        self.probe = found[0]
+
+    def _plain_probe(self) -> Probe:
+        try:
+            return Probe.of(self.plain_logits, self.embedding_size, input_embedding(self.module))
+        except Exception as error:  # remote code may take no more than one text at a time
+            if is_ours(error, self.module):
+                raise
+            return Probe.of(self._plain_one_by_one, self.embedding_size, None)
+
+    def _plain_one_by_one(self, ids: Tensor) -> Tensor:
+        return torch.cat([self.plain_logits(text[None]) for text in ids])
 
     @property
     def vocab_size(self) -> int:
         return next(iter(self.probe.wanted.values())).shape[-1]
 
     def plain_logits(self, ids: Tensor) -> Tensor:
+        """ids [texts, tokens] -> logits [texts, tokens, vocab]."""
         parameters = inspect.signature(self.module.forward).parameters
-        positions = {"position_ids": torch.arange(ids.shape[1])[None]} if "position_ids" in parameters else {}
+        positions = {"position_ids": torch.arange(ids.shape[1]).expand_as(ids)} if "position_ids" in parameters else {}
         device = next(self.module.parameters()).device
         ids, positions = ids.to(device), {name: value.to(device) for name, value in positions.items()}
-        return logits_of(self.module(input_ids=ids, use_cache=False, **positions))[0].cpu()
+        return logits_of(self.module(input_ids=ids, use_cache=False, **positions)).cpu()
 
     def restore_attention(self) -> None:
         for config in configs_of(self.module):
@@ -79,7 +95,7 @@ def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Mode
         return Refusal(f"it computes a text anew when it grows past {loaded.ropes.restart_after} tokens")
     if tier == "rows":
         return _rows(loaded, context, max_len)
-    return CacheModel(loaded.module, loaded.vocab_size, max_len)
+    return CacheModel(Stepper(loaded.module, max_len), loaded.vocab_size)
 
 
 def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
@@ -88,7 +104,7 @@ def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
     patcher: Patcher | None = None
     try:
         with linear_calls(loaded.module) as calls:
-            model = PagedModel(loaded.module, binding, loaded.ropes)
+            model = PagedModel(loaded.module, binding, loaded.ropes, *loaded.probe.beginning(context.device))
         patcher = Patcher(loaded.module, calls, context.kernels, context.options.disable_patches)
         wrong = patcher.settle(lambda: loaded.probe.difference(model, context.make_attention(), context.device))
     except (NotPaged, CoreError) as reason:
@@ -151,25 +167,28 @@ def _run(model: CacheModel | RowsModel, vocab_size: int, device: torch.device) -
 
 
 def _probed_rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refusal:
-    """Try with padding, then without; then with packed linears, against the answers of the plain ones."""
-    size, device, tolerance = loaded.embedding_size, context.device, loaded.probe.tolerance(context.dtype)
+    """Compare with one cache for each text: first with packed linears, then with plain ones if need be."""
+    device, tolerance = context.device, loaded.probe.tolerance(context.dtype)
+    stepper = Stepper(loaded.module, max_len)
     with calls_of(loaded.module, nn.Linear) as called:
-        wanted = _run(CacheModel(loaded.module, loaded.vocab_size, max_len), size, device)
+        wanted = _run(CacheModel(stepper, loaded.vocab_size), loaded.embedding_size, device)
     wrong: str | None = None
-    for padding in (True, False) if not loaded.counts_tokens else (False,):
-        try:
-            model = RowsModel(loaded.module, loaded.vocab_size, max_len, padding)
-            wrong = rows_difference(_run(model, size, device), wanted, tolerance)
-        except CannotBatch as reason:
-            wrong = str(reason)
-        if wrong is None:
-            break
-    if wrong is not None:
-        return Refusal(wrong)
-    _pack(loaded.module, called, context)
-    wrong = rows_difference(_run(model, size, device), wanted, tolerance)
-    model.strict = False
-    return model if wrong is None else Refusal(f"with packed linears, {wrong}")
+    for packed in (True, False):
+        if packed:
+            _pack(loaded.module, called, context)
+        else:
+            unpack_linears(loaded.module)
+            give_kernels(loaded.module, None)
+        for padding in (True, False) if not loaded.counts_tokens else (False,):
+            try:
+                model = RowsModel(stepper, loaded.vocab_size, padding)
+                wrong = rows_difference(_run(model, loaded.embedding_size, device), wanted, tolerance)
+            except CannotBatch as reason:
+                wrong = str(reason)
+            if wrong is None:
+                model.strict = False
+                return model
+    return Refusal(str(wrong))
 
 
 def input_embedding(module: nn.Module) -> nn.Module | None:

@@ -80,8 +80,8 @@ class CacheModel:
     impl_name = "transformers/cache"
     features = ModelFeatures(chunked_prefill=False, prefix_caching=False)
 
-    def __init__(self, module: Any, vocab_size: int, max_model_len: int) -> None:
-        self.stepper = Stepper(module, max_model_len)
+    def __init__(self, stepper: Stepper, vocab_size: int) -> None:
+        self.stepper = stepper
         self.vocab_size = vocab_size
         self.texts: dict[str, Text] = {}
 

@@ -70,6 +70,17 @@ class KnownCall:
         )
 
 
+@dataclass(frozen=True)
+class Call:
+    """One attention call of the forward that finds the layers, to be repeated on a real backend."""
+
+    q: Tensor  # [tokens, heads, k_dim]
+    k: Tensor  # [tokens, kv_heads, k_dim]
+    v: Tensor  # [tokens, kv_heads, v_dim]
+    args: AttentionArgs
+    out: Tensor  # [tokens, heads, v_dim]
+
+
 class Binding:
     """What one model's attention modules share: the names of layers, the current batch, and the calls so far."""
 
@@ -85,11 +96,12 @@ class Binding:
         self.counting_layers: list[str] = []  # layers whose Q, K or V come from a count of the batch's tokens
         self.batch: Batch | None = None
         self.known: dict[int, KnownCall] = {}  # by id(module)
+        self.recorded: list[Call] = []  # by layer
         self._calls: dict[str, int] = {}
         self._mask_calls = 0
 
     def start(self, batch: Batch | None) -> None:
-        """Begin a forward over `batch`; None = a recording one."""
+        """Begin a forward over `batch`; None = a recording one, over the beginning of one text."""
         self.batch, self.recording = batch, batch is None
         self._calls.clear()
         self._mask_calls = 0
@@ -97,6 +109,7 @@ class Binding:
             self.known.clear()
             self.layers.clear()
             self.specs.clear()
+            self.recorded.clear()
             self.masks.clear()
 
     @contextmanager
@@ -160,7 +173,9 @@ class Binding:
         mask = visible(positions[:, None], positions[None, :], args)
         grouped = q.view(len(q), k.shape[1], -1, q.shape[-1]).permute(1, 2, 0, 3)
         out = softmax_attention(grouped[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], mask, distance, args)
-        return out[0].permute(2, 0, 1, 3).reshape(len(q), q.shape[1], -1)
+        result = out[0].permute(2, 0, 1, 3).reshape(len(q), q.shape[1], -1)
+        self.recorded.append(Call(q, k, v, args, result))
+        return result
 
 
 def bind(model: nn.Module) -> Binding:

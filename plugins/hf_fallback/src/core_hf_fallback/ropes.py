@@ -164,9 +164,8 @@ class Ropes:
         self.unknown = self.unknown or (name if says & set(GROWING) else None)
 
     @contextmanager
-    def flat(self, batch: Batch) -> Iterator[None]:
-        """While active, positions are those of a flat batch; else each row of positions is a whole text."""
-        lengths = text_lengths(batch, self.restart_after) if self.found else None
+    def flat(self, lengths: Sequence[int]) -> Iterator[None]:
+        """While active, positions are those of a flat batch, by `lengths`; else each row of them is a whole text."""
         for rope in self.found:
             rope.lengths = lengths
         try:

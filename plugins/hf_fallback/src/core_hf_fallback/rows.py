@@ -45,14 +45,14 @@ class RowsModel:
 
     features = ModelFeatures(chunked_prefill=False, prefix_caching=False)
 
-    def __init__(self, module: Any, vocab_size: int, max_model_len: int, padding: bool) -> None:
+    def __init__(self, stepper: Stepper, vocab_size: int, padding: bool) -> None:
         """Learn the state's shape. Raises CannotBatch with the reason."""
         self.impl_name = "transformers/rows" if padding else "transformers/rows (texts of one length together)"
         self.padding = padding
         self.strict = True  # for the probe; while serving, a state that fits beside no other stands alone
-        self.stepper = Stepper(module, max_model_len)
+        self.stepper = stepper
         self.vocab_size = vocab_size
-        self.takes_mask = "attention_mask" in inspect.signature(module.forward).parameters
+        self.takes_mask = "attention_mask" in inspect.signature(stepper.module.forward).parameters
         self.schema = self._learn() if padding else EqualLengths(self._prefilled)
         self.alone: dict[str, tuple[Text, int]] = {}  # requests outside of groups: their text and its tokens
         self.groups: list[Group] = []
