@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from core_cpu_kernels.kernels import CpuKernels
 from torch import Tensor
 
-from core.layers import AffineTensor, TableTensor
+from core.layers import AffineTensor, QuantizedTensor, TableTensor
 from core.layers.linear import PackedLinear
 
 SHAPES = ("1536x576", "576x1536", "49152x576", "8192x2048")
@@ -66,6 +67,25 @@ def table(out: int, size: int, group: int) -> TableTensor:
     return TableTensor(parts, size, torch.float32, group_size=group, table=tuple(torch.linspace(-1, 1, 16).tolist()))
 
 
+def blocks(kind: str, size_bytes: int, columns: int, out: int, size: int) -> QuantizedTensor:
+    """Zeros: the time does not depend on what the blocks say."""
+    return Blocks({"blocks": torch.zeros(out, size // columns * size_bytes, dtype=torch.uint8)}, size, torch.float32, kind=kind)
+
+
+class Blocks(QuantizedTensor):
+    """Only its bytes are looked at."""
+
+    @property
+    def packing(self) -> str:  # type: ignore[override]
+        return f"ggml:{self.settings['kind']}"
+
+    def decode(self) -> Tensor:
+        raise NotImplementedError
+
+
+GGML = {"Q4_0": (18, 32), "Q4_1": (20, 32), "Q8_0": (34, 32), "Q4_K": (144, 256), "Q6_K": (210, 256)}
+
+
 def candidates(out: int, size: int, kernels: CpuKernels) -> dict[str, tuple[float, Callable[[], Run]]]:
     """Return name -> (bytes of a weight, what makes one more copy)."""
     floats, group = out * size, 64
@@ -92,6 +112,11 @@ def candidates(out: int, size: int, kernels: CpuKernels) -> dict[str, tuple[floa
         return lambda x: torch._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, group, scales)
 
     grouped = 3 * floats / group  # a half and a byte for each group
+    ggml = {
+        kind: (floats / columns * size_bytes, ours(partial(blocks, kind, size_bytes, columns, out, size)))
+        for kind, (size_bytes, columns) in GGML.items()
+        if size % columns == 0
+    }
     return {
         "F.linear": (4 * floats, plain),
         "oneDNN packed": (4 * floats, lambda: PackedLinear(torch.randn(out, size), None)),
@@ -102,6 +127,7 @@ def candidates(out: int, size: int, kernels: CpuKernels) -> dict[str, tuple[floa
         "affine8": (floats + grouped, ours(lambda: affine(8, out, size, group))),
         "affine4": (floats / 2 + grouped, ours(lambda: affine(4, out, size, group))),
         "table4": (floats / 2 + 4 * floats / group, ours(lambda: table(out, size, group))),
+        **ggml,
     }
 
 

@@ -9,6 +9,8 @@
 //   row        row n of the weight, with its scales as floats in memory of row_floats()
 //   segment    the bytes and scales of segment s of a row
 //   raw<I>     vector I of it
+//   IN_PLACE   one row only: raw_in_place<I> leaves a code where it stands in its word, that is times in_place(I), which is
+//              a power of two and is taken out of x instead; so no bit of the result changes, and a shift is saved
 #pragma once
 
 #include "weight.h"
@@ -62,11 +64,19 @@ struct GroupScales {
     }
 };
 
+// The last code of a word would be negative where it stands, so that one is shifted after all.
+template <int BITS> constexpr float in_place_factor(int i) { return i == 32 / BITS - 1 ? 1.0f : float(uint32_t(1) << (BITS * i)); }
+template <int BITS, int I> INLINE VF code_in_place(VI words) {
+    if constexpr (I == 32 / BITS - 1) return to_float(shift_right<I * BITS>(words));
+    else return to_float(mask(words, int(((1u << BITS) - 1) << (I * BITS))));
+}
+
 // 4 or 8 bit codes that lie one after the other. A lane is a 32-bit word of the row: 8 or 4 neighbouring codes.
 template <int BITS, bool TABLE> struct Words {
     static constexpr int VECTORS = 32 / BITS, PARTS = 1, SEGMENT = W * VECTORS;
     static constexpr bool SCALED = true, OFFSET = !TABLE;
     static constexpr int FEW = FEW_ROWS;
+    static constexpr bool IN_PLACE = !TABLE;
 
     const Weight& weight;
     GroupScales scales;
@@ -122,6 +132,8 @@ template <int BITS, bool TABLE> struct Words {
         else if constexpr (I == VECTORS - 1) return to_float(shifted);
         else return to_float(mask(shifted, (1 << BITS) - 1));
     }
+    static constexpr float in_place(int i) { return in_place_factor<BITS>(i); }
+    template <int I> INLINE VF raw_in_place(const Segment& segment) const { return code_in_place<BITS, I>(segment.words); }
 };
 
 // Floats of two bytes, column after column.
@@ -129,6 +141,7 @@ template <bool BRAIN> struct Halves {
     static constexpr int VECTORS = 4, PARTS = 1, SEGMENT = W * VECTORS;
     static constexpr bool SCALED = false, OFFSET = false;
     static constexpr int FEW = FEW_ROWS;
+    static constexpr bool IN_PLACE = false;
 
     const Weight& weight;
 

@@ -22,7 +22,7 @@ inline float half_at(const uint8_t* p) {
 // The low half of byte j is column j, the high half column j + 16.
 template <int HEAD, bool TABLE> struct Nibbles {
     static constexpr int VECTORS = 8, PARTS = 1, SEGMENT = 32 * BLOCKS, SIZE = HEAD + 16, FEW = FEW_ROWS;
-    static constexpr bool SCALED = true, OFFSET = !TABLE;
+    static constexpr bool SCALED = true, OFFSET = !TABLE, IN_PLACE = !TABLE;
 
     const Weight& weight;
     Table table;
@@ -58,18 +58,20 @@ template <int HEAD, bool TABLE> struct Nibbles {
         if constexpr (TABLE || TABLE_IS_FREE) return look_up(table, shifted);
         else return to_float(I == 7 ? shifted : mask(shifted, 15));
     }
+    static constexpr float in_place(int i) { return in_place_factor<4>(i); }
+    template <int I> INLINE VF raw_in_place(const Segment& segment) const { return code_in_place<4, I>(segment.words); }
 };
 
 // Any format that comes as signed bytes. Q has SIZE bytes for COLUMNS_OF_BLOCK columns in PIECES segments, a scale (and an
-// offset) for GROUP columns, and read(block, piece, bytes, scales, offsets).
+// offset) for GROUP columns; read_scales(block, scales, offsets) for all of a block, read(block, piece, bytes).
 template <class Q> struct Blocks {
     static constexpr int SEGMENT = Q::COLUMNS_OF_BLOCK / Q::PIECES, VECTORS = SEGMENT / W;
-    static constexpr int PARTS = SEGMENT / Q::GROUP, FEW = Q::FEW;
-    static constexpr bool SCALED = true, OFFSET = Q::OFFSET;
+    static constexpr int PARTS = SEGMENT / Q::GROUP, FEW = Q::FEW, GROUPS = Q::COLUMNS_OF_BLOCK / Q::GROUP;
+    static constexpr bool SCALED = true, OFFSET = Q::OFFSET, IN_PLACE = false;
 
     const Weight& weight;
 
-    struct Row { const uint8_t* at; };
+    struct Row { const uint8_t* at; const float *scales, *offsets; };
     struct Segment { Bytes bytes[SEGMENT / 32]; VF scale[PARTS], offset[PARTS]; };
 
     explicit Blocks(const Plan& plan) : weight(plan.weight) {}
@@ -79,19 +81,24 @@ template <class Q> struct Blocks {
     }
     static constexpr int column(int i, int lane) { return i * W + lane; }
     static constexpr int part(int i) { return i * W / Q::GROUP; }
-    int64_t row_floats() const { return 0; }
-    Row row(int64_t n, float*) const { return {weight.codes + n * weight.row_bytes}; }
+    int64_t row_floats() const { return 2 * weight.in / Q::GROUP; }
 
+    Row row(int64_t n, float* memory) const {
+        const uint8_t* at = weight.codes + n * weight.row_bytes;
+        float* offsets = memory + weight.in / Q::GROUP;
+        for (int64_t b = 0; b < weight.in / Q::COLUMNS_OF_BLOCK; b++)
+            Q::read_scales(at + b * Q::SIZE, memory + b * GROUPS, offsets + b * GROUPS);
+        return {at, memory, offsets};
+    }
     INLINE Segment segment(const Row& row, int64_t s) const {
         Segment found;
-        float scales[PARTS], offsets[PARTS];
         const uint8_t* at = row.at + s / Q::PIECES * Q::SIZE;
         __builtin_prefetch(at + COLUMNS * weight.row_bytes);
-        Q::read(at, int(s % Q::PIECES), found.bytes, scales, offsets);
-        for (int part = 0; part < PARTS; part++) {
-            found.scale[part] = set1(scales[part]);
-            if constexpr (OFFSET) found.offset[part] = set1(offsets[part]);
-        }
+        Q::read(at, int(s % Q::PIECES), found.bytes);
+        unrolled<PARTS>([&](auto part) {
+            found.scale[part] = set1(row.scales[s * PARTS + part]);
+            if constexpr (OFFSET) found.offset[part] = set1(row.offsets[s * PARTS + part]);
+        });
         return found;
     }
     template <int I> INLINE VF raw(const Segment& segment) const { return signed_bytes<I * W % 32>(segment.bytes[I * W / 32]); }
@@ -126,24 +133,24 @@ INLINE U8x32 fifth_bits(uint32_t bits) {
 struct Q8 {
     static constexpr int SIZE = 34, COLUMNS_OF_BLOCK = 32, PIECES = 1, GROUP = 32, FEW = FEW_ROWS;
     static constexpr bool OFFSET = false;
-    static INLINE void read(const uint8_t* block, int, Bytes* bytes, float* scales, float*) {
-        put(bytes[0], bytes_at(block + 2));
-        scales[0] = half_at(block);
-    }
+    static INLINE void read_scales(const uint8_t* block, float* scales, float*) { scales[0] = half_at(block); }
+    static INLINE void read(const uint8_t* block, int, Bytes* bytes) { put(bytes[0], bytes_at(block + 2)); }
 };
 
 // HEAD 2: d, 32 fifth bits, 16 bytes: d * (code - 16). HEAD 4: d, m, bits, bytes: d * code + m.
 template <int HEAD> struct Q5 {
     static constexpr int SIZE = HEAD + 20, COLUMNS_OF_BLOCK = 32, PIECES = 1, GROUP = 32, FEW = 1;
     static constexpr bool OFFSET = HEAD == 4;
-    static INLINE void read(const uint8_t* block, int, Bytes* bytes, float* scales, float* offsets) {
+    static INLINE void read_scales(const uint8_t* block, float* scales, float* offsets) {
+        scales[0] = half_at(block);
+        if constexpr (OFFSET) offsets[0] = half_at(block + 2);
+    }
+    static INLINE void read(const uint8_t* block, int, Bytes* bytes) {
         uint32_t bits;
         memcpy(&bits, block + HEAD, 4);
         U8x32 codes = nibbles_of(block + HEAD + 4) | fifth_bits(bits);
         if constexpr (HEAD == 2) codes -= 16;
         put(bytes[0], codes);
-        scales[0] = half_at(block);
-        if constexpr (OFFSET) offsets[0] = half_at(block + 2);
     }
 };
 
@@ -152,14 +159,14 @@ template <int HEAD> struct Q5 {
 struct Q2K {
     static constexpr int SIZE = 84, COLUMNS_OF_BLOCK = 256, PIECES = 2, GROUP = 16, FEW = 1;
     static constexpr bool OFFSET = true;
-    static INLINE void read(const uint8_t* block, int piece, Bytes* bytes, float* scales, float* offsets) {
+    static INLINE void read_scales(const uint8_t* block, float* scales, float* offsets) {
+        const float d = half_at(block + 80), dmin = half_at(block + 82);
+        for (int g = 0; g < 16; g++) scales[g] = d * float(block[g] & 15);
+        for (int g = 0; g < 16; g++) offsets[g] = -(dmin * float(block[g] >> 4));
+    }
+    static INLINE void read(const uint8_t* block, int piece, Bytes* bytes) {
         const U8x32 codes = bytes_at(block + 16 + 32 * piece);
         put(bytes[0], codes & 3), put(bytes[1], codes >> 2 & 3), put(bytes[2], codes >> 4 & 3), put(bytes[3], codes >> 6);
-        const float d = half_at(block + 80), dmin = half_at(block + 82);
-        for (int g = 0; g < 8; g++) {
-            const uint8_t both = block[8 * piece + g];
-            scales[g] = d * float(both & 15), offsets[g] = -(dmin * float(both >> 4));
-        }
     }
 };
 
@@ -168,16 +175,18 @@ struct Q2K {
 struct Q3K {
     static constexpr int SIZE = 110, COLUMNS_OF_BLOCK = 256, PIECES = 2, GROUP = 16, FEW = 1;
     static constexpr bool OFFSET = false;
-    static INLINE void read(const uint8_t* block, int piece, Bytes* bytes, float* scales, float*) {
+    static INLINE void read_scales(const uint8_t* block, float* scales, float*) {
+        const uint8_t* packed = block + 96;
+        const float d = half_at(block + 108);
+        for (int g = 0; g < 16; g++) {
+            const int four = packed[g % 8] >> (g / 8 * 4) & 15, two = packed[8 + g % 4] >> (g / 4 * 2) & 3;
+            scales[g] = d * float((four | two << 4) - 32);
+        }
+    }
+    static INLINE void read(const uint8_t* block, int piece, Bytes* bytes) {
         const U8x32 low = bytes_at(block + 32 + 32 * piece), high = bytes_at(block) >> (4 * piece);
         put(bytes[0], (low & 3) + (high << 2 & 4) - 4), put(bytes[1], (low >> 2 & 3) + (high << 1 & 4) - 4);
         put(bytes[2], (low >> 4 & 3) + (high & 4) - 4), put(bytes[3], (low >> 6) + (high >> 1 & 4) - 4);
-        const uint8_t* packed = block + 96;
-        const float d = half_at(block + 108);
-        for (int g = 0; g < 8; g++) {
-            const int four = piece ? packed[g] >> 4 : packed[g] & 15, two = packed[8 + g % 4] >> (4 * piece + g / 4 * 2) & 3;
-            scales[g] = d * float((four | two << 4) - 32);
-        }
     }
 };
 
@@ -186,7 +195,16 @@ struct Q3K {
 template <bool FIVE> struct Q45K {
     static constexpr int SIZE = FIVE ? 176 : 144, COLUMNS_OF_BLOCK = 256, PIECES = 4, GROUP = 32, FEW = FIVE ? 1 : FEW_ROWS;
     static constexpr bool OFFSET = true;
-    static INLINE void read(const uint8_t* block, int piece, Bytes* bytes, float* scales, float* offsets) {
+    static INLINE void read_scales(const uint8_t* block, float* scales, float* offsets) {
+        uint32_t packed[3], scale[2], min[2];  // four numbers at a time
+        memcpy(packed, block + 4, 12);
+        scale[0] = packed[0] & 0x3f3f3f3f, scale[1] = (packed[2] & 0x0f0f0f0f) | (packed[0] >> 6 & 0x03030303) << 4;
+        min[0] = packed[1] & 0x3f3f3f3f, min[1] = (packed[2] >> 4 & 0x0f0f0f0f) | (packed[1] >> 6 & 0x03030303) << 4;
+        const float d = half_at(block), dmin = half_at(block + 2);
+        for (int g = 0; g < 8; g++) scales[g] = d * float(scale[g / 4] >> (g % 4 * 8) & 63);
+        for (int g = 0; g < 8; g++) offsets[g] = -(dmin * float(min[g / 4] >> (g % 4 * 8) & 63));
+    }
+    static INLINE void read(const uint8_t* block, int piece, Bytes* bytes) {
         const U8x32 codes = bytes_at(block + (FIVE ? 48 : 16) + 32 * piece);
         U8x32 low = codes & 15, high = codes >> 4;
         if constexpr (FIVE) {
@@ -194,14 +212,6 @@ template <bool FIVE> struct Q45K {
             low |= (fifth & 1) << 4, high |= (fifth & 2) << 3;
         }
         put(bytes[0], low), put(bytes[1], high);
-        const float d = half_at(block), dmin = half_at(block + 2);
-        const uint8_t* packed = block + 4;
-        for (int g = 0; g < 2; g++) {
-            const int at = 2 * piece + g;
-            const int scale = at < 4 ? packed[at] & 63 : (packed[at + 4] & 15) | (packed[at - 4] >> 6 << 4);
-            const int min = at < 4 ? packed[at + 4] & 63 : (packed[at + 4] >> 4) | (packed[at] >> 6 << 4);
-            scales[g] = d * float(scale), offsets[g] = -(dmin * float(min));
-        }
     }
 };
 
@@ -210,13 +220,15 @@ template <bool FIVE> struct Q45K {
 struct Q6K {
     static constexpr int SIZE = 210, COLUMNS_OF_BLOCK = 256, PIECES = 2, GROUP = 16, FEW = FEW_ROWS;
     static constexpr bool OFFSET = false;
-    static INLINE void read(const uint8_t* block, int piece, Bytes* bytes, float* scales, float*) {
+    static INLINE void read_scales(const uint8_t* block, float* scales, float*) {
+        const float d = half_at(block + 208);
+        for (int g = 0; g < 16; g++) scales[g] = d * float(int8_t(block[192 + g]));
+    }
+    static INLINE void read(const uint8_t* block, int piece, Bytes* bytes) {
         const U8x32 first = bytes_at(block + 64 * piece), second = bytes_at(block + 64 * piece + 32);
         const U8x32 high = bytes_at(block + 128 + 32 * piece);
         put(bytes[0], ((first & 15) | (high & 3) << 4) - 32), put(bytes[1], ((second & 15) | (high >> 2 & 3) << 4) - 32);
         put(bytes[2], (first >> 4 | (high >> 4 & 3) << 4) - 32), put(bytes[3], (second >> 4 | (high >> 6) << 4) - 32);
-        const float d = half_at(block + 208);
-        for (int g = 0; g < 8; g++) scales[g] = d * float(int8_t(block[192 + 8 * piece + g]));
     }
 };
 
@@ -225,17 +237,19 @@ struct Q6K {
 struct IQ4XS {
     static constexpr int SIZE = 136, COLUMNS_OF_BLOCK = 256, PIECES = 8, GROUP = 32, FEW = 1;
     static constexpr bool OFFSET = false;
-    static INLINE void read(const uint8_t* block, int piece, Bytes* bytes, float* scales, float*) {
+    static INLINE void read_scales(const uint8_t* block, float* scales, float*) {
+        uint16_t high;
+        memcpy(&high, block + 2, 2);
+        const float d = half_at(block);
+        for (int g = 0; g < 8; g++) scales[g] = d * float(((block[4 + g / 2] >> (g % 2 * 4) & 15) | (high >> (2 * g) & 3) << 4) - 32);
+    }
+    static INLINE void read(const uint8_t* block, int piece, Bytes* bytes) {
         uint8_t codes[32];
         const U8x32 packed = nibbles_of(block + 8 + 16 * piece);
         memcpy(codes, &packed, 32);
         U8x32 values;
         for (int j = 0; j < 32; j++) values[j] = uint8_t(IQ4_VALUES[codes[j]]);
         put(bytes[0], values);
-        uint16_t high;
-        memcpy(&high, block + 2, 2);
-        const int scale = (block[4 + piece / 2] >> (piece % 2 * 4) & 15) | (high >> (2 * piece) & 3) << 4;
-        scales[0] = half_at(block) * float(scale - 32);
     }
 };
 

@@ -11,8 +11,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <type_traits>
-#include <utility>
 
 #include "weight.h"
 
@@ -20,13 +18,6 @@ namespace core_kernels { namespace {
 
 constexpr int BLOCK_COLUMNS = 32;    // decoded into the cache at a time ...
 constexpr int64_t BLOCK_FLOATS = 1024;  // ... so many floats of each
-
-template <class Body, int... I> INLINE void unroll(Body& body, std::integer_sequence<int, I...>) {
-    (body(std::integral_constant<int, I>{}), ...);
-}
-template <int N, class Body> INLINE void unrolled(Body&& body) {
-    unroll(body, std::make_integer_sequence<int, N>{});
-}
 
 template <class Format> bool setup(Plan& plan) {
     const Weight& weight = plan.weight;
@@ -59,13 +50,19 @@ template <class Format> void prepare(const Plan& plan, const float* x, int64_t r
         for (int64_t at = whole * Format::SEGMENT; at < plan.vectors * W; at++)
             to[at] = plan.columns[at] < 0 ? 0.0f : from[plan.columns[at]];
     }
-    if (!Format::OFFSET || rows != 1) return;
-    for (int64_t s = 0; s < plan.segments; s++) {
+    if (rows != 1) return;
+    for (int64_t s = 0; Format::OFFSET && s < plan.segments; s++) {
         VF total[Format::PARTS];
         for (auto& one : total) one = zero();
         for (int i = 0; i < Format::VECTORS; i++)
             total[Format::part(i)] = add(total[Format::part(i)], load(prepared + (s * Format::VECTORS + i) * W));
         for (int part = 0; part < Format::PARTS; part++) store(x_sums + (s * Format::PARTS + part) * W, total[part]);
+    }
+    if constexpr (Format::IN_PLACE) {
+        for (int64_t at = 0; at < plan.vectors; at++) {
+            const float factor = 1.0f / Format::in_place(int(at % Format::VECTORS));
+            store(prepared + at * W, mul(load(prepared + at * W), set1(factor)));
+        }
     }
 }
 
@@ -117,7 +114,8 @@ template <class Format> void one_row(const Plan& plan, const Call& call, int64_t
                     unrolled<Format::PARTS>([&](auto p) { part[p] = zero(); });
                     unrolled<Format::VECTORS>([&](auto i) {
                         constexpr int p = Format::part(i);
-                        part[p] = fma(format.template raw<i>(segment), load(x + i * W), part[p]);
+                        if constexpr (Format::IN_PLACE) part[p] = fma(format.template raw_in_place<i>(segment), load(x + i * W), part[p]);
+                        else part[p] = fma(format.template raw<i>(segment), load(x + i * W), part[p]);
                     });
                     unrolled<Format::PARTS>([&](auto p) {
                         total[c] = fma(part[p], segment.scale[p], total[c]);
@@ -150,6 +148,7 @@ template <class Format, int ROWS> void few_rows(const Plan& plan, const Call& ca
         for (int64_t s = 0; s < plan.segments; s++) {
             const float* x = call.x + s * Format::VECTORS * W;
             unrolled<COLUMNS>([&](auto c) {
+                asm volatile("" ::: "memory");  // read x again for each column: kept in registers it would push out the sums
                 const auto segment = format.segment(row[c], s);
                 unrolled<Format::VECTORS>([&](auto i) {
                     const VF weight = decoded<i>(format, segment);

@@ -6,6 +6,8 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #define INLINE inline __attribute__((always_inline))
@@ -73,6 +75,13 @@ enum PackingId : int32_t {
     Q4_0 = 102, Q4_1 = 103, Q5_0 = 106, Q5_1 = 107, Q8_0 = 108,
     Q2_K = 110, Q3_K = 111, Q4_K = 112, Q5_K = 113, Q6_K = 114, IQ4_NL = 120, IQ4_XS = 123,
 };
+
+template <class Body, int... I> INLINE void unroll(Body& body, std::integer_sequence<int, I...>) {
+    (body(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class Body> INLINE void unrolled(Body&& body) {
+    unroll(body, std::make_integer_sequence<int, N>{});
+}
 
 inline float half_to_float(uint16_t h) {
     const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3ff;
