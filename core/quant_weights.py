@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from core.contracts import Checkpoint
+from core.contracts import Checkpoint, QuantMethod
 from core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -31,6 +31,11 @@ def weight_stream(
             yield name, method.quantize(name, tensor.to(context.device, context.dtype))
         else:
             yield name, tensor.to(context.device)
+
+
+def by_transformers(method: QuantMethod) -> bool:
+    """True if only transformers' own loader builds the quantized layers, so that no other implementation can serve."""
+    return bool(getattr(method, "by_transformers", False))
 
 
 def says_nothing(name: str, tensor: Tensor) -> bool:

@@ -220,6 +220,8 @@ def pack(layer: nn.Module, kernels: Kernels | None = None) -> nn.Module:
     weight, bias = layer.weight, layer.bias
     if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
         return layer
+    if not isinstance(weight, QuantizedTensor) and type(weight) not in (Tensor, nn.Parameter):
+        return layer  # another library's kind of tensor (torchao's), which multiplies in its own way
     kernel = None if kernels is None or weight.dim() != 2 else kernels.linear(weight, bias)
     if isinstance(weight, QuantizedTensor):
         return QuantizedLinear(weight, bias, kernel) if weight.dim() == 2 else layer
