@@ -185,7 +185,8 @@ class QuantMethod(Protocol):
     """Owns a weight format from file to kernel, for native models and fallback alike.
 
     A checkpoint in its format is read with `tensors`; a float checkpoint is made small while it is loaded with
-    `quantize`. A method serves one of the two purposes or both; the host knows which from `on_the_fly`.
+    `quantize`. A method serves one of the two purposes or both; the host knows which from `on_the_fly`. One that has a
+    true attribute `by_transformers` does neither: transformers' own quantizer builds the layers.
     """
 
     name: str  # what --quantization and quantization_config call it, e.g. "awq"

@@ -11,7 +11,7 @@ import torch
 
 from core.contracts import Checkpoint, QuantMethod
 from core.layers import QuantizedTensor
-from core.quant_weights import round_weights
+from core.quant_weights import by_transformers, round_weights
 from core.spec import ModelSpec
 
 
@@ -23,6 +23,8 @@ def plain_module(
 
     transformers.utils.logging.disable_progress_bar()
     spec = checkpoint.spec
+    if method is not None and by_transformers(method):
+        method = None
     remote = {"trust_remote_code": True} if trust_remote_code and spec.auto_map else {}
     if spec.format == "hf" and (method is None or method.on_the_fly):
         module = _model_class(spec).from_pretrained(str(spec.path), dtype=dtype, **remote)

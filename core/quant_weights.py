@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from core.contracts import Checkpoint
+from core.contracts import Checkpoint, QuantMethod
 from core.errors import CheckpointError
 from core.layers import HalfTensor, QuantizedTensor
 
@@ -40,6 +40,11 @@ def kept_small(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not halves or dtype != torch.float32 or tensor.dim() < 2:
         return tensor
     return HalfTensor({"values": tensor}, tensor.shape[-1], dtype)
+
+
+def by_transformers(method: QuantMethod) -> bool:
+    """True if only transformers' own loader builds the quantized layers, so that no other implementation can serve."""
+    return bool(getattr(method, "by_transformers", False))
 
 
 def says_nothing(name: str, tensor: Tensor) -> bool:

@@ -221,6 +221,8 @@ def pack(layer: nn.Module, kernels: Kernels | None = None) -> nn.Module:
     weight, bias = layer.weight, layer.bias
     if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
         return layer
+    if not isinstance(weight, QuantizedTensor) and type(weight) not in (Tensor, nn.Parameter):
+        return layer  # another library's kind of tensor (torchao's), which multiplies in its own way
     asked = weight.parts["values"] if isinstance(weight, HalfTensor) else weight  # kernels know halves as plain tensors
     kernel = None if kernels is None or weight.dim() != 2 else kernels.linear(asked, bias)
     if isinstance(weight, QuantizedTensor):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -11,12 +13,17 @@ from torch import nn
 from core.contracts import Checkpoint
 from core.errors import CheckpointError
 from core.model_loader import BuildContext
-from core.quant_weights import says_nothing
+from core.quant_weights import by_transformers, says_nothing
 from core.spec import ModelSpec
+
+logger = logging.getLogger("core_serve.hf_fallback")
 
 
 def load_module(checkpoint: Checkpoint, context: BuildContext) -> nn.Module:
     """Return the model in eval mode. Raises CheckpointError naming every missing, left-over or misshapen tensor."""
+    if context.quant_method is not None and by_transformers(context.quant_method):
+        logger.info("%s: transformers' own quantized layers, as its library runs them", context.quant_method.name)
+        context = replace(context, quant_method=None)
     try:
         with ThreadPoolExecutor(1) as reader:
             # Decoding a file takes a second, and so does importing transformers: they go side by side.

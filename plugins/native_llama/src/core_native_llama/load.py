@@ -11,7 +11,7 @@ from core.layers import pack_linears
 from core.layers.embedding import Head, make_room
 from core.layers.linear import Linear, Loader, MergedLinear
 from core.model_loader import BuildContext
-from core.quant_weights import says_nothing, weight_stream
+from core.quant_weights import by_transformers, says_nothing, weight_stream
 from core.weights import load_strict
 from core_native_llama.config import LlamaConfig
 from core_native_llama.model import Layer, LlamaModel
@@ -19,6 +19,8 @@ from core_native_llama.model import Layer, LlamaModel
 
 def load(config: LlamaConfig, checkpoint: Checkpoint, context: BuildContext) -> Model | Refusal:
     """Build the model and fill it. Raises CheckpointError naming every missing or left-over tensor."""
+    if context.quant_method is not None and by_transformers(context.quant_method):
+        return Refusal(f"only transformers reads weights quantized with {context.quant_method.name!r}")
     with torch.device("meta" if context.quant_method else context.device):
         model = LlamaModel(config, context.dtype, context.device)
     if context.quant_method is not None:
