@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from core.batch import Batch
+    from core.quantize.layer import DecoderLayer
     from core.spec import ModelSpec
 
 T = TypeVar("T")
@@ -52,6 +53,10 @@ class Checkpoint(Protocol):
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every (name, tensor) once, in the dtype of the file, one in memory at a time."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor, in the dtype of the file. Raises CheckpointError for a name that there is not."""
         ...
 
 
@@ -152,6 +157,7 @@ class ModelFeatures:
 
     chunked_prefill: bool = True  # False: a prompt is run whole, in one step
     prefix_caching: bool = True  # False: there is state that blocks do not hold, or K depends on the text's length
+    patches: tuple[str, ...] = ()  # what was changed in somebody else's module to make it faster; shown to the user
     restart_after: int | None = None  # a text that grows past so many tokens is computed anew from its first token
 
 
@@ -179,7 +185,8 @@ class QuantMethod(Protocol):
     """Owns a weight format from file to kernel, for native models and fallback alike.
 
     A checkpoint in its format is read with `tensors`; a float checkpoint is made small while it is loaded with
-    `quantize`. A method serves one of the two purposes or both; the host knows which from `on_the_fly`.
+    `quantize`. A method serves one of the two purposes or both; the host knows which from `on_the_fly`. One that has a
+    true attribute `by_transformers` does neither: transformers' own quantizer builds the layers.
     """
 
     name: str  # what --quantization and quantization_config call it, e.g. "awq"
@@ -197,8 +204,42 @@ class QuantMethod(Protocol):
     def quantize(self, name: str, weight: Tensor) -> Tensor:
         """Return a linear's weight [..., out, in] quantized, or the weight itself where it has to stay in floats.
 
-        Called on the fly only, once for each weight that a linear (or a stack of experts) multiplies with.
+        Called on the fly only, once for each weight that a linear (or a stack of experts) multiplies with; not for
+        embeddings and heads.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """What `core-serve quantize` was asked for; None = the method's choice. A method refuses what it has no use for."""
+
+    group_size: int | None = None  # weights of a row that share a scale; -1 = a whole row
+    symmetric: bool | None = None  # no zero points
+    desc_act: bool | None = None  # columns in the order of their importance
+
+
+class Quantizer(Protocol):
+    """Makes checkpoints in a format. `core-serve quantize` drives it through a model, one decoder layer at a time."""
+
+    name: str  # what --method calls it
+    calibrates: bool  # True: it needs to see what the layers see when a text runs through them
+    group_sizes: tuple[int, ...]  # that it knows, the usual ones; one that divides all widths is chosen. (): no groups
+
+    def quantize_layer(self, layer: DecoderLayer) -> Mapping[str, Mapping[str, Tensor]]:
+        """Return {linear: {suffix: tensor}}, e.g. {"mlp.up_proj": {"qweight": ..., "scales": ...}}, for one layer.
+
+        The checkpoint holds these tensors in place of the linear's `weight`; a linear that is left out stays in floats.
+        The layer's other parameters may be changed (a scale that is folded into a norm) and are saved as they are left.
+        """
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the float32 weight [out, in] that one linear's tensors stand for; later layers are run with it."""
+        ...
+
+    def config(self, in_floats: Sequence[str]) -> Mapping[str, Any]:
+        """Return `quantization_config` for config.json; `in_floats` names the linears that are not quantized."""
         ...
 
 

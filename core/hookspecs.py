@@ -22,6 +22,8 @@ if TYPE_CHECKING:
         Checkpoint,
         Kernels,
         Model,
+        Quantizer,
+        QuantizeSettings,
         QuantMethod,
         Refusal,
         RequestRecord,
@@ -65,6 +67,14 @@ def provide_quant_method(spec: ModelSpec, options: EngineConfig) -> QuantMethod 
     """Return the method that the checkpoint's quantization_config names or that --quantization asks for, else None.
 
     Called once at start-up, after the checkpoint is opened and before the model is built.
+    """
+
+
+@hookspec(firstresult=True)
+def provide_quantizer(method: str, settings: QuantizeSettings) -> Quantizer | None:
+    """Return what makes checkpoints by the method that `core-serve quantize --method` names, else None.
+
+    Called by that command only, before the model is loaded. Raises ConfigError for settings that the method refuses.
     """
 
 

@@ -18,11 +18,11 @@ import core
 from core import builtin, hookspecs
 from core.choice import Choice, Wish, choose
 from core.contracts import Bid, Refusal
-from core.errors import CheckpointError, PluginError
+from core.errors import CheckpointError, ConfigError, PluginError
 from core.plugin_checks import HOOKS, check_hooks
 from core.plugin_loading import BUILTIN, Candidate, Loaded, bring_in, find
 from core.plugin_report import PluginInfo
-from core.quant_claims import settle_claims
+from core.quant_claims import nobody_quantizes, settle_claims
 
 if TYPE_CHECKING:
     import click
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
         Checkpoint,
         Kernels,
         Model,
+        Quantizer,
+        QuantizeSettings,
         QuantMethod,
         RequestRecord,
         StepStats,
@@ -120,6 +122,14 @@ class PluginHost:
     def quant_method(self, spec: ModelSpec, options: EngineConfig) -> QuantMethod | None:
         """Return the one method that takes this checkpoint, None if it is not quantized and none is asked for."""
         return settle_claims(list(self._ask("provide_quant_method", spec=spec, options=options)), spec, options)
+
+    def quantizer(self, method: str, settings: QuantizeSettings) -> Quantizer:
+        """Return what makes checkpoints by a method. Raises ConfigError, saying what to install, if nobody does."""
+        _, found = self._first("provide_quantizer", method=method, settings=settings)
+        if found is None:
+            raise ConfigError(nobody_quantizes(method))
+        quantizer: Quantizer = found
+        return quantizer
 
     def kernels(self, device: str, options: EngineConfig) -> Kernels | None:
         """Return the first plugin's kernels for a device, None if everything is to be computed with torch."""

@@ -32,11 +32,15 @@ def fingerprint() -> str:
 
 
 def _sources(package: str) -> list[Path]:
-    """The Python files of an importable package; nothing is imported."""
+    """The files of an importable package, kernels in other languages among them; nothing is imported."""
     spec = importlib.util.find_spec(package)
     folders = (spec.submodule_search_locations or ()) if spec else ()
-    files = [file for folder in folders for file in sorted(Path(folder).rglob("*.py"))]
+    files = [file for folder in folders for file in sorted(Path(folder).rglob("*")) if _is_source(file)]
     return files or ([Path(spec.origin)] if spec and spec.origin else [])
+
+
+def _is_source(file: Path) -> bool:
+    return file.is_file() and "__pycache__" not in file.parts
 
 
 def read_results(results: Path | None) -> Iterator[Checked]:

@@ -10,112 +10,39 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.contracts import Bid, Checkpoint, KVSpec, ModelFeatures
 from core.errors import ConfigError, CoreError
-from core.hookspecs import hookimpl
-from core.spec import ModelSpec
-from core.testing_configs import VOCAB, model_class_of, tiny_config
+from core.testing_checkpoints import packed_checkpoint, tiny_checkpoint
+from core.testing_configs import VOCAB
+from core.testing_echo import EchoCheckpoint, EchoModel, EchoPlugin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from core.batch import Batch
-    from core.config import EngineConfig
     from core.llm import LLM
-    from core.model_loader import BuildContext
     from core.outputs import CompletionOutput
 
-
-MAX_WEIGHTS = 20_000_000
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-
-def tiny_checkpoint(model_type: str, folder: str | Path, **overrides: Any) -> Path:
-    """Save a small random model of one of transformers' causal architectures, as a Hugging Face folder.
-
-    `core.testing_configs` shrinks its default config; `overrides` are entries of config.json that win over that, for
-    architectures whose sizes it does not know. No tokenizer; no token ends a text. Every weight is random,
-    biases, norms and sinks too, so that none can be dropped unnoticed. The same arguments give the same weights.
-    Raises ConfigError, with transformers' own words, for what it cannot build.
-    """
-    import torch
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    folder = Path(folder)
-    model_class = model_class_of(model_type)
-    with _explained(model_type):
-        config = tiny_config(model_type, **overrides)
-        size = _count_weights(model_class, config)
-    _check_size(model_type, size)
-    with torch.random.fork_rng(devices=[]), _explained(model_type):
-        torch.manual_seed(0)
-        model = model_class._from_config(config, dtype=torch.float32)
-        _randomize(model)
-        model.generation_config.eos_token_id = None
-        model.save_pretrained(str(folder))
-    return folder
-
-
-@contextmanager
-def _explained(model_type: str) -> Iterator[None]:
-    """Turn what building a model raises into a sentence that names it and says what to do."""
-    try:
-        yield
-    except CoreError:
-        raise
-    except ImportError as error:
-        first = " ".join(str(error).split()).split(". ")[0].removesuffix(".")
-        raise ConfigError(
-            f"transformers cannot build {model_type!r} without a package that is not installed: {first}. "
-            "Install it, or take the model type of the text part."
-        ) from error
-    except Exception as error:  # a config class may refuse sizes with any exception of its own
-        words = " ".join(str(error).split())
-        raise ConfigError(
-            f"transformers cannot build a small {model_type!r}: {type(error).__name__}: {words}. "
-            "Give the sizes that it asks for as `overrides`, or the folder of a checkpoint."
-        ) from error
-
-
-def _count_weights(model_class: Any, config: Any) -> int:
-    import torch
-
-    with torch.device("meta"):
-        return sum(weight.numel() for weight in model_class._from_config(config).parameters())
-
-
-def _check_size(model_type: str, size: int) -> None:
-    """Refuse a model that stayed large, before it takes memory: mostly one with towers for images or sound."""
-    if size > MAX_WEIGHTS:
-        raise ConfigError(
-            f"{model_type!r} has {size:,} weights even when shrunk; tiny is {MAX_WEIGHTS:,} at most. Shrink the rest "
-            "by `overrides`, or take the model type of its text part."
-        )
-
-
-def _randomize(model: Any) -> None:
-    """Make outputs differ clearly between tokens: transformers' own initial weights give nearly flat logits."""
-    import torch
-
-    with torch.no_grad():
-        for parameter in model.parameters():
-            spread = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.2
-            parameter.add_(torch.randn_like(parameter) * spread)
-        for buffer in model.buffers():
-            if buffer.is_floating_point() and not torch.isfinite(buffer).all():
-                buffer.nan_to_num_(0.0)
-
-
-# ------------------------------------------------------------------------------------------------ comparison
+__all__ = [
+    "Answer",
+    "EchoCheckpoint",
+    "EchoModel",
+    "EchoPlugin",
+    "NoReference",
+    "VOCAB",
+    "answers_of",
+    "assert_matches_transformers",
+    "assert_same_answers",
+    "assert_serves",
+    "default_prompts",
+    "packed_checkpoint",
+    "tight_options",
+    "tiny_checkpoint",
+    "transformers_answers",
+]
 
 
 class NoReference(CoreError):
@@ -161,6 +88,42 @@ def assert_matches_transformers(
             return llm.model_impl_name
 
 
+def assert_matches_dequantized(
+    model: str | Path,
+    model_impl: str = "auto",
+    *,
+    prompts: Sequence[Sequence[int]] | None = None,
+    max_tokens: int = 10,
+    tolerance: float = 2e-3,
+    **options: Any,
+) -> str:
+    """Serve a quantized model and compare with `generate` of the same model with its weights as floats.
+
+    `model` is a checkpoint's folder or file; with the option `quantization` a float one that is quantized on the fly.
+    Otherwise like `assert_matches_transformers`. Returns who served it.
+    """
+    import torch
+
+    from core.config import EngineConfig
+    from core.llm import LLM
+    from core.plain_module import plain_module
+    from core.plugins import PluginHost
+
+    asked = [list(prompt) for prompt in prompts or default_prompts()]
+    config = EngineConfig.from_options(model=str(model), **{**tight_options(model_impl), **options})
+    host = PluginHost.load(disable=config.disable_plugins)
+    checkpoint = host.open_checkpoint(str(model), config)
+    method = host.quant_method(checkpoint.spec, config)
+    if method is None:
+        raise ConfigError(f"{model} is not quantized, and no quantization is asked for.")
+    module = plain_module(checkpoint, torch.float32, config.trust_remote_code, method)
+    module.generation_config.eos_token_id = list(checkpoint.spec.eos_token_ids) or None
+    wanted = answers_of(module, asked, max_tokens)
+    with LLM(model=str(model), **{**tight_options(model_impl), **options}) as llm:
+        assert_serves(llm, asked, wanted, tolerance)
+        return llm.model_impl_name
+
+
 def tight_options(model_impl: str) -> dict[str, Any]:
     """Return LLM's options for a comparison: blocks and steps so small that short prompts go through several."""
     tight: dict[str, Any] = {"block_size": 4, "max_num_batched_tokens": 7, "dtype": "float32", "device": "cpu"}
@@ -203,9 +166,16 @@ def transformers_answers(
 
     Raises NoReference where `generate` itself fails.
     """
+    return answers_of(_reference(folder, trust_remote_code), prompts, max_tokens, use_cache)
+
+
+def answers_of(module: Any, prompts: Sequence[Sequence[int]], max_tokens: int, use_cache: bool = True) -> list[Answer]:
+    """Return what `generate` of a transformers module answers to each prompt alone, greedily.
+
+    Raises NoReference where `generate` itself fails.
+    """
     import torch
 
-    module = _reference(folder, trust_remote_code)
     limits = {
         "max_new_tokens": max_tokens,
         "use_cache": use_cache,
@@ -264,66 +234,3 @@ def _compare_one(found: CompletionOutput, wanted: Answer, tolerance: float, wher
         difference = abs(found.logprobs[at][token].logprob - float(wanted.logprobs[at, token]))
         assert difference < tolerance, f"{where}: the logprob of token {at} ({token}) differs by {difference:.3g}"
     assert found.token_ids == wanted.token_ids, f"{where}: {found.token_ids} goes on after {wanted.token_ids}"
-
-
-# ------------------------------------------------------------------------------------------------ without weights
-
-
-class EchoModel:
-    """A `core.contracts.Model` without weights or K/V: after token t it is nearly sure of t + 1, wrapping around."""
-
-    impl_name = "echo"
-    features = ModelFeatures()
-
-    def __init__(self, vocab_size: int = VOCAB) -> None:
-        self.vocab_size = vocab_size
-        self.released: list[str] = []  # ids, in order: what a test may ask for
-
-    def kv_specs(self) -> Sequence[KVSpec]:
-        return []
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Logits [rows, vocab]: 20 for the next token, 0 for all others."""
-        import torch
-
-        following = (batch.token_ids[batch.logit_rows] + 1) % self.vocab_size
-        return 20.0 * torch.nn.functional.one_hot(following, self.vocab_size).float()
-
-    def release(self, request_id: str) -> None:
-        self.released.append(request_id)
-
-
-@dataclass
-class EchoCheckpoint:
-    """A `core.contracts.Checkpoint` without tensors."""
-
-    spec: ModelSpec
-
-    def tensor_names(self) -> Sequence[str]:
-        return []
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(())
-
-
-class EchoPlugin:
-    """Serves EchoModel for the path "echo": `build_engine(config, PluginHost.load(extra={"echo": EchoPlugin()}))`."""
-
-    CORE_API = (1, 0)
-
-    def __init__(self, max_positions: int = 128) -> None:
-        self.max_positions = max_positions
-
-    @hookimpl
-    def provide_checkpoint(self, path: str, options: EngineConfig) -> Checkpoint | None:
-        if path != "echo":
-            return None
-        config = {"model_type": "echo", "vocab_size": VOCAB, "max_position_embeddings": self.max_positions}
-        return EchoCheckpoint(ModelSpec(Path("echo"), "echo", config))
-
-    @hookimpl
-    def resolve_model_impl(self, spec: ModelSpec, options: EngineConfig) -> Bid[Any] | None:
-        def build(checkpoint: Checkpoint, context: BuildContext) -> EchoModel:
-            return EchoModel(VOCAB)
-
-        return Bid("echo", 100, build) if spec.model_type == "echo" else None

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.contracts import Checkpoint
+from core.contracts import Checkpoint, QuantMethod
 from core.errors import CheckpointError
-from core.spec import ModelSpec
+from core.plain_module import plain_module
 from core.verify_layers import LayerRecorder, decoder_layers
 from core.verify_measure import errors
 
@@ -155,39 +155,23 @@ def _kept(length: int, most: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------ loading
 
 
-def load_plain(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> PlainModel:
+def load_plain(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool,
+    method: QuantMethod | None = None,
+) -> PlainModel:
     """Load a checkpoint as transformers does. Raises CheckpointError with transformers' own reason."""
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
     try:
-        module = _load(checkpoint, dtype, trust_remote_code)
+        module = plain_module(checkpoint, dtype, trust_remote_code, method)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(
             f"transformers cannot load {checkpoint.spec.path} to compare with: {type(error).__name__}: {error}"
         ) from error
     # Nothing but the model's own argmax: a checkpoint may ask for penalties, or to stop at an end of text.
     module.generation_config = transformers.GenerationConfig(pad_token_id=0)
-    plain: nn.Module = module.eval().to(device)
+    plain: nn.Module = module.to(device)
     return PlainModel(plain)
-
-
-def _load(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    import transformers
-
-    spec = checkpoint.spec
-    if spec.format == "hf":
-        remote = {"trust_remote_code": True} if trust_remote_code and spec.auto_map else {}
-        return _model_class(spec).from_pretrained(str(spec.path), dtype=dtype, **remote)
-    values = {name: value for name, value in spec.config.items() if name != "model_type"}
-    config = transformers.AutoConfig.for_model(spec.model_type, **values)
-    return _model_class(spec).from_pretrained(None, config=config, state_dict=dict(checkpoint.tensors()), dtype=dtype)
-
-
-def _model_class(spec: ModelSpec) -> Any:
-    """The class that saved the checkpoint: the Auto class does not map every text config."""
-    import transformers
-
-    named = getattr(transformers, spec.architecture, None) if spec.architecture and not spec.auto_map else None
-    is_model = isinstance(named, type) and hasattr(named, "generate")
-    return named if is_model else transformers.AutoModelForCausalLM

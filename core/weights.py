@@ -1,6 +1,6 @@
 """Checkpoints of Hugging Face's layout: a folder's config and its tensors as a stream; the strict way into a model.
 
-Files are memory-mapped and one tensor is in memory at a time. A shard that is missing, cut short or at odds with the
+Tensors are read one at a time, each into memory of its own. A shard that is missing, cut short or at odds with the
 index is an error that names file and tensor, before the first tensor is handed out.
 """
 
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.errors import CheckpointError
 from core.json_files import read_json
+from core.safetensors_file import SafetensorsFile
 from core.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -41,16 +43,42 @@ class HFCheckpoint:
         generation_config = read_json(generation) if generation.is_file() else {}
         folder = folder.absolute()  # so that "." has a name
         self.spec = ModelSpec(folder, "hf", read_json(folder / CONFIG), generation_config)
+        self._headers: dict[Path, SafetensorsFile] = {}
 
     def tensor_names(self) -> Sequence[str]:
         """Return the names of all tensors. Raises CheckpointError if the files do not fit together."""
-        return [name for _, names in self._files() for name in names]
+        return [name for _, names in self._files for name in names]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every (name, tensor) once, file by file. Raises CheckpointError before the first if a file is amiss."""
-        for file, names in self._files():
-            yield from (_read_safetensors if file.suffix == ".safetensors" else _read_pickle)(file, names)
+        for file, names in self._files:
+            tensors = self._opened(file)
+            for name in names:
+                yield name, tensors(name)
 
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor. Raises CheckpointError if there is none of this name, or a file is amiss."""
+        return self._opened(self.file_of(name))(name)
+
+    def file_of(self, name: str) -> Path:
+        """Return the file that holds a tensor. Raises CheckpointError if none does."""
+        if name not in self._owner:
+            raise CheckpointError(f"{self.spec.path} has no tensor {name!r}.")
+        return self._owner[name]
+
+    @cached_property
+    def _owner(self) -> dict[str, Path]:
+        return {name: file for file, names in self._files for name in names}
+
+    def _opened(self, file: Path) -> Callable[[str], Tensor]:
+        """Return what reads a tensor of a file by its name."""
+        if file.suffix != ".safetensors":
+            return _open_pickle(file).__getitem__  # mapped: not to be kept
+        if file not in self._headers:
+            self._headers[file] = SafetensorsFile(file)
+        return self._headers[file].tensor
+
+    @cached_property
     def _files(self) -> list[TensorFile]:
         shards, weight_map = _shards(self.spec.path)
         files: list[TensorFile] = [(shard, _names_in(shard)) for shard in shards]
@@ -128,20 +156,6 @@ def _check_index(files: Iterable[TensorFile], weight_map: Mapping[str, str]) -> 
             raise CheckpointError(
                 f"The index says that tensor {name!r} is in {file}, but it is not. Download it again."
             )
-
-
-def _read_safetensors(file: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as opened:
-        for name in names:
-            yield name, opened.get_tensor(name)
-
-
-def _read_pickle(file: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    held = _open_pickle(file)
-    for name in names:
-        yield name, held[name]
 
 
 def _open_pickle(file: Path) -> dict[str, Tensor]:

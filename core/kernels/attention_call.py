@@ -130,7 +130,7 @@ def attention_constants(
         "cap": (args.softcap or 0.0) * LOG2E,
         "window": args.window or 0,
         "chunk": args.chunk or 0,
-        "GROUP": q.shape[1] // call.kv_heads,
+        "group": q.shape[1] // call.kv_heads,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
         "BLOCK_SIZE": call.block_size,

@@ -52,7 +52,9 @@ def store_part(
 
 
 @triton.jit
-def first_visible(position: tl.tensor, window: tl.tensor, chunk: tl.tensor, WINDOW: tl.constexpr, CHUNK: tl.constexpr) -> tl.tensor:
+def first_visible(
+    position: tl.tensor, window: tl.tensor, chunk: tl.tensor, WINDOW: tl.constexpr, CHUNK: tl.constexpr
+) -> tl.tensor:
     """The first key that a query at `position` sees."""
     first = position * 0
     if WINDOW:
@@ -116,7 +118,7 @@ def attend_keys(
             scores = tanh(scores) * cap
         if ALIBI:
             scores -= slope[:, None] * (position[:, None] - at[None, :]).to(tl.float32)
-        seen = (at[None, :] >= row_first[:, None]) & (at[None, :] <= row_last[:, None]) & there[None, :]
+        seen = (at[None, :] >= row_first[:, None]) & (at[None, :] <= row_last[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf would be NaN

@@ -24,6 +24,7 @@ from core.errors import KernelError
 from core.kernels.chip import INTERPRETED, Launch, Target
 
 POINTERS = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",

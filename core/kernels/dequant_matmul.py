@@ -30,7 +30,7 @@ def group_column(base: tl.tensor, out: tl.tensor, there: tl.tensor, groups: tl.t
     return tl.load(base + out.to(tl.int64) * groups + group, mask=there, other=0.0).to(tl.float32)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "groups"])
 def dequant_matmul_kernel(
     x: tl.tensor,
     codes: tl.tensor,
@@ -44,10 +44,10 @@ def dequant_matmul_kernel(
     y_row: tl.tensor,
     codes_row: tl.tensor,
     groups: tl.tensor,
-    IN: tl.constexpr,
-    OUT: tl.constexpr,
+    columns: tl.tensor,
+    out: tl.tensor,
+    group: tl.tensor,
     BITS: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -57,29 +57,31 @@ def dequant_matmul_kernel(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, IN, BLOCK_K):
+    for start in range(0, columns, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         part = tl.load(
-            x + m.to(tl.int64)[:, None] * x_row + k[None, :], mask=(m < rows)[:, None] & (k < IN)[None, :], other=0.0
+            x + m.to(tl.int64)[:, None] * x_row + k[None, :],
+            mask=(m < rows)[:, None] & (k < columns)[None, :],
+            other=0.0,
         )
         if BITS == 4:
             pair = start // 2 + tl.arange(0, BLOCK_K // 2)
-            there = (n < OUT)[:, None] & (pair < IN // 2)[None, :]
+            there = (n < out)[:, None] & (pair < columns // 2)[None, :]
             two = tl.load(codes + n.to(tl.int64)[:, None] * codes_row + pair[None, :], mask=there, other=0)
             code = tl.interleave(two & 15, two >> 4).to(tl.float32)
         else:
-            there = (n < OUT)[:, None] & (k < IN)[None, :]
+            there = (n < out)[:, None] & (k < columns)[None, :]
             code = tl.load(codes + n.to(tl.int64)[:, None] * codes_row + k[None, :], mask=there, other=0).to(tl.float32)
         if zeros is not None:
-            code -= group_column(zeros, n, n < OUT, groups, start // GROUP)
-        weight = code * group_column(scales, n, n < OUT, groups, start // GROUP)
+            code -= group_column(zeros, n, n < out, groups, start // group)
+        weight = code * group_column(scales, n, n < out, groups, start // group)
         if offsets is not None:
-            weight += group_column(offsets, n, n < OUT, groups, start // GROUP)
+            weight += group_column(offsets, n, n < out, groups, start // group)
         acc = dot(part, tl.trans(rounded(weight, x.dtype.element_ty, WIDEN)), acc, PRECISION, WIDEN)
     if bias is not None:
-        acc += tl.load(bias + n, mask=n < OUT, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + n, mask=n < out, other=0.0).to(tl.float32)[None, :]
     target = y + m.to(tl.int64)[:, None] * y_row + n[None, :]
-    tl.store(target, rounded(acc, y.dtype.element_ty, WIDEN), mask=(m < rows)[:, None] & (n < OUT)[None, :])
+    tl.store(target, rounded(acc, y.dtype.element_ty, WIDEN), mask=(m < rows)[:, None] & (n < out)[None, :])
 
 
 def dequant_matmul(
@@ -128,10 +130,10 @@ def dequant_matmul(
         "y_row": y.stride(0),
         "codes_row": codes.stride(0),
         "groups": groups,
-        "IN": size,
-        "OUT": outputs,
+        "columns": size,
+        "out": outputs,
         "BITS": bits,
-        "GROUP": group,
+        "group": group,
         "BLOCK_M": block_m,
         "BLOCK_N": 64 if half else 32,
         "BLOCK_K": 64 if groups == 1 or group % 64 == 0 else 32,

@@ -29,16 +29,16 @@ def gated_activation_kernel(
     out: tl.tensor,
     x_token: tl.tensor,
     out_token: tl.tensor,
-    INNER: tl.constexpr,
+    inner: tl.tensor,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
     token = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = place < INNER
+    there = place < inner
     gate = tl.load(x + token * x_token + place, mask=there, other=0.0).to(tl.float32)
-    up = tl.load(x + token * x_token + INNER + place, mask=there, other=0.0).to(tl.float32)
+    up = tl.load(x + token * x_token + inner + place, mask=there, other=0.0).to(tl.float32)
     if ACTIVATION == "silu":
         gate = gate * sigmoid(gate)
     elif ACTIVATION == "gelu":
@@ -62,7 +62,7 @@ def gated_activation(x: Tensor, out: Tensor, activation: str = "silu", chip: Chi
         "out": out,
         "x_token": x.stride(0),
         "out_token": out.stride(0),
-        "INNER": inner,
+        "inner": inner,
         "ACTIVATION": activation,
         "BLOCK": BLOCK,
         "WIDEN": chip.interpreted,

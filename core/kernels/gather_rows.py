@@ -23,14 +23,14 @@ def gather_rows_kernel(
     out: tl.tensor,
     x_row: tl.tensor,
     out_row: tl.tensor,
-    SIZE: tl.constexpr,
+    size: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     source = tl.load(rows + row).to(tl.int64)
-    found = tl.load(x + source * x_row + place, mask=place < SIZE)
-    tl.store(out + row * out_row + place, found, mask=place < SIZE)
+    found = tl.load(x + source * x_row + place, mask=place < size)
+    tl.store(out + row * out_row + place, found, mask=place < size)
 
 
 def gather_rows(x: Tensor, rows: Tensor, out: Tensor, chip: Chip | None = None) -> None:
@@ -46,7 +46,7 @@ def gather_rows(x: Tensor, rows: Tensor, out: Tensor, chip: Chip | None = None) 
         "out": out,
         "x_row": x.stride(0),
         "out_row": out.stride(0),
-        "SIZE": size,
+        "size": size,
         "BLOCK": BLOCK,
     }
     warps = 128 // chip.target.warp_size

@@ -26,7 +26,7 @@ from core.kernels.numbers import dot, rounded
 NAME = "grouped_matmul"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def grouped_matmul_kernel(
     x: tl.tensor,
     source: tl.tensor,
@@ -38,10 +38,10 @@ def grouped_matmul_kernel(
     y_row: tl.tensor,
     weights_expert: tl.tensor,
     weights_row: tl.tensor,
-    EXPERTS: tl.constexpr,
+    count: tl.tensor,
+    columns: tl.tensor,
+    out: tl.tensor,
     EXPERTS_PAD: tl.constexpr,
-    IN: tl.constexpr,
-    OUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -50,12 +50,12 @@ def grouped_matmul_kernel(
 ) -> None:
     tile = tl.program_id(1)
     experts = tl.arange(0, EXPERTS_PAD)
-    first = tl.load(starts + experts, mask=experts < EXPERTS, other=0)
-    after = tl.load(starts + experts + 1, mask=experts < EXPERTS, other=0)
+    first = tl.load(starts + experts, mask=experts < count, other=0)
+    after = tl.load(starts + experts + 1, mask=experts < count, other=0)
     tiles = (after - first + BLOCK_M - 1) // BLOCK_M
     done = tl.cumsum(tiles, 0)  # tiles of this expert and those before it
     expert = tl.sum((done <= tile).to(tl.int32), 0)
-    if expert < EXPERTS:
+    if expert < count:
         before = tl.sum(tl.where(experts < expert, tiles, 0), 0)
         m = tl.load(starts + expert) + (tile - before) * BLOCK_M + tl.arange(0, BLOCK_M)
         valid = m < tl.load(starts + expert + 1)
@@ -65,17 +65,17 @@ def grouped_matmul_kernel(
             row = tl.load(source + m, mask=valid, other=0)
         weight = weights + expert.to(tl.int64) * weights_expert
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for start in range(0, IN, BLOCK_K):
+        for start in range(0, columns, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            there = valid[:, None] & (k < IN)[None, :]
+            there = valid[:, None] & (k < columns)[None, :]
             part = tl.load(x + row.to(tl.int64)[:, None] * x_row + k[None, :], mask=there, other=0.0)
-            there = (n < OUT)[:, None] & (k < IN)[None, :]
+            there = (n < out)[:, None] & (k < columns)[None, :]
             w = tl.load(weight + n.to(tl.int64)[:, None] * weights_row + k[None, :], mask=there, other=0.0)
             acc = dot(part, tl.trans(w), acc, PRECISION, WIDEN)
         if bias is not None:
-            acc += tl.load(bias + expert * OUT + n, mask=n < OUT, other=0.0).to(tl.float32)[None, :]
+            acc += tl.load(bias + expert * out + n, mask=n < out, other=0.0).to(tl.float32)[None, :]
         target = y + m.to(tl.int64)[:, None] * y_row + n[None, :]
-        tl.store(target, rounded(acc, y.dtype.element_ty, WIDEN), mask=valid[:, None] & (n < OUT)[None, :])
+        tl.store(target, rounded(acc, y.dtype.element_ty, WIDEN), mask=valid[:, None] & (n < out)[None, :])
 
 
 def grouped_matmul(
@@ -113,10 +113,10 @@ def grouped_matmul(
         "y_row": y.stride(0),
         "weights_expert": weights.stride(0),
         "weights_row": weights.stride(1),
-        "EXPERTS": experts,
+        "count": experts,
         "EXPERTS_PAD": pow2(experts),
-        "IN": size,
-        "OUT": outputs,
+        "columns": size,
+        "out": outputs,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": 64 if half else 32,

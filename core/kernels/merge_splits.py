@@ -25,7 +25,7 @@ NAME = "merge_splits"
 STEP = 8  # splits added up at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "heads"])
 def merge_splits_kernel(
     partial: tl.tensor,
     log_total: tl.tensor,
@@ -36,7 +36,7 @@ def merge_splits_kernel(
     out_token: tl.tensor,
     out_head: tl.tensor,
     splits: tl.tensor,
-    HEADS: tl.constexpr,
+    heads: tl.tensor,
     V_DIM: tl.constexpr,
     V_PAD: tl.constexpr,
     STEP: tl.constexpr,
@@ -54,7 +54,7 @@ def merge_splits_kernel(
         total = 1.0
     for first in range(0, splits, STEP):
         split = first + tl.arange(0, STEP)
-        place = (row * HEADS + head) * splits + split
+        place = (row * heads + head) * splits + split
         log = tl.load(log_total + place, mask=split < splits, other=float("-inf"))
         there = (log > float("-inf"))[:, None] & (dims < V_DIM)[None, :]
         parts = tl.load(partial + place[:, None] * V_DIM + dims[None, :], mask=there, other=0.0)
@@ -98,7 +98,7 @@ def merge_splits(
         "out_token": out.stride(0),
         "out_head": out.stride(1),
         "splits": splits,
-        "HEADS": heads,
+        "heads": heads,
         "V_DIM": v_dim,
         "V_PAD": pow2(v_dim),
         "STEP": STEP,

@@ -36,11 +36,13 @@ def tanh(x: tl.tensor) -> tl.tensor:
     """float32; the series where the quotient would cancel."""
     square = x * x
     near = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
-    far = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
-    return tl.where(tl.abs(x) < 0.3, near, far)
+    small = tl.exp(-2.0 * tl.abs(x))  # of a negative number: no overflow
+    far = (1.0 - small) / (1.0 + small)
+    return tl.where(tl.abs(x) < 0.3, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit
 def sigmoid(x: tl.tensor) -> tl.tensor:
     """float32."""
-    return 1.0 / (1.0 + tl.exp(-x))
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x < 0, small, 1.0) / (1.0 + small)

@@ -29,7 +29,7 @@ NAME = "paged_decode"
 SPLIT = 1024  # keys
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tables_row", "window", "chunk", "group", "heads", "head_tiles", "splits", "kv_heads"])
 def paged_decode_kernel(
     q: tl.tensor,
     out: tl.tensor,
@@ -59,10 +59,10 @@ def paged_decode_kernel(
     cap: tl.tensor,
     window: tl.tensor,
     chunk: tl.tensor,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_TILES: tl.constexpr,
+    kv_heads: tl.tensor,
+    group: tl.tensor,
+    heads: tl.tensor,
+    head_tiles: tl.tensor,
     SPLIT: tl.constexpr,
     MERGED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -82,15 +82,15 @@ def paged_decode_kernel(
 ) -> None:
     row = tl.program_id(0)
     request = tl.load(rows + row).to(tl.int32)
-    kv_head = tl.program_id(1) // HEAD_TILES
+    kv_head = tl.program_id(1) // head_tiles
     split = tl.program_id(2)
     token = tl.load(query_starts + request)
     context = tl.load(context_lens + request)
 
     lanes = tl.arange(0, BLOCK_M)
-    head = tl.program_id(1) % HEAD_TILES * HEADS + lanes
-    valid = (lanes < HEADS) & (head < GROUP)
-    head += kv_head * GROUP
+    head = tl.program_id(1) % head_tiles * heads + lanes
+    valid = (lanes < heads) & (head < group)
+    head += kv_head * group
     needed = first_visible(context - 1, window, chunk, WINDOW, CHUNK)
     start = tl.maximum(split * SPLIT, needed // BLOCK_N * BLOCK_N)
     end = tl.minimum((split + 1) * SPLIT, context)
@@ -106,9 +106,6 @@ def paged_decode_kernel(
     acc_rest = tl.zeros([BLOCK_M, V_REST if V_REST > 0 else 1], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    if sinks is not None and not MERGED:
-        peak = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
-        total += 1.0
     slope = tl.zeros([BLOCK_M], tl.float32)
     if slopes is not None:
         slope = tl.load(slopes + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
@@ -149,18 +146,29 @@ def paged_decode_kernel(
         PRECISION,
         WIDEN,
     )
-    share = 1.0 / tl.where(total > 0, total, 1.0)
+    some = tl.where(total > 0, total, 1.0)
+    share = (1.0 / some)[:, None]
+    acc *= share
+    acc_rest *= share
+    log = tl.where(total > 0, peak + tl.log2(some), float("-inf"))
     if MERGED:
-        place = (row.to(tl.int64) * KV_HEADS * GROUP + head) * splits + split
-        tl.store(log_total + place, tl.where(total > 0, peak + tl.log2(total), float("-inf")), mask=valid)
-        store_part(partial, place * V_DIM, valid, acc * share[:, None], V_DIM, 0, V_MAIN, WIDEN)
+        place = (row.to(tl.int64) * kv_heads * group + head) * splits + split
+        tl.store(log_total + place, log, mask=valid)
+        store_part(partial, place * V_DIM, valid, acc, V_DIM, 0, V_MAIN, WIDEN)
         if V_REST > 0:
-            store_part(partial, place * V_DIM, valid, acc_rest * share[:, None], V_DIM, V_MAIN, V_REST, WIDEN)
+            store_part(partial, place * V_DIM, valid, acc_rest, V_DIM, V_MAIN, V_REST, WIDEN)
     else:
+        if sinks is not None:  # as merge_splits.py does it, bit by bit
+            sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
+            higher = tl.maximum(sink, log)
+            weight = tl.exp2(log - higher)
+            joined = (tl.exp2(sink - higher) + weight)[:, None]
+            acc = acc * weight[:, None] / joined
+            acc_rest = acc_rest * weight[:, None] / joined
         out_rows = token.to(tl.int64) * out_token + head * out_head
-        store_part(out, out_rows, valid, acc * share[:, None], V_DIM, 0, V_MAIN, WIDEN)
+        store_part(out, out_rows, valid, acc, V_DIM, 0, V_MAIN, WIDEN)
         if V_REST > 0:
-            store_part(out, out_rows, valid, acc_rest * share[:, None], V_DIM, V_MAIN, V_REST, WIDEN)
+            store_part(out, out_rows, valid, acc_rest, V_DIM, V_MAIN, V_REST, WIDEN)
 
 
 def paged_decode(
@@ -195,9 +203,9 @@ def paged_decode(
         "log_total": log_total,
         "rows": rows,
         "splits": splits,
-        "KV_HEADS": call.kv_heads,
-        "HEADS": heads,
-        "HEAD_TILES": head_tiles,
+        "kv_heads": call.kv_heads,
+        "heads": heads,
+        "head_tiles": head_tiles,
         "SPLIT": split,
         "MERGED": merged,
     }

@@ -6,10 +6,10 @@ q, out [tokens, heads, dim]; keys, values [blocks, block_size, kv_heads, dim] by
 query_starts [requests + 1], context_lens [requests], tiles [n, 2] = (request, first token within its new tokens)
 Dao 2023, "FlashAttention-2"; sinks: Xiao et al. 2023, as a logit without a value that joins the softmax at the start.
 
-A program computes the heads of one K/V head for a run of tokens: row m is token m // HEADS, head m % HEADS, so that
+A program computes the heads of one K/V head for a run of tokens: row m is token m // heads, head m % heads, so that
 grouped heads share every K and V that is read.
 
-    rows        t0h0 t0h1 t0h2 | t1h0 t1h1 t1h2 | ...          HEADS = 3, a tile of 64 rows holds 21 tokens
+    rows        t0h0 t0h1 t0h2 | t1h0 t1h1 t1h2 | ...          heads = 3, a tile of 64 rows holds 21 tokens
     keys        [first visible of t0, rounded down to BLOCK_N ... position of the last token]
 
 Keys are cut at multiples of BLOCK_N of their own positions, so a token's result does not depend on the tile it is in.
@@ -34,7 +34,7 @@ from core.kernels.chip import Chip, Launch, chip_of
 NAME = "paged_prefill"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tables_row", "window", "chunk", "group", "heads", "head_tiles"])
 def paged_prefill_kernel(
     q: tl.tensor,
     out: tl.tensor,
@@ -61,9 +61,9 @@ def paged_prefill_kernel(
     cap: tl.tensor,
     window: tl.tensor,
     chunk: tl.tensor,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_TILES: tl.constexpr,
+    group: tl.tensor,
+    heads: tl.tensor,
+    head_tiles: tl.tensor,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -81,22 +81,22 @@ def paged_prefill_kernel(
 ) -> None:
     request = tl.load(tiles + tl.program_id(0) * 2)
     first_token = tl.load(tiles + tl.program_id(0) * 2 + 1)
-    kv_head = tl.program_id(1) // HEAD_TILES
-    first_head = tl.program_id(1) % HEAD_TILES * HEADS
+    kv_head = tl.program_id(1) // head_tiles
+    first_head = tl.program_id(1) % head_tiles * heads
     query_start = tl.load(query_starts + request)
     queries = tl.load(query_starts + request + 1) - query_start
     context = tl.load(context_lens + request)
 
     rows = tl.arange(0, BLOCK_M)
-    token = first_token + rows // HEADS
-    head = first_head + rows % HEADS
-    valid = (token < queries) & (rows < BLOCK_M // HEADS * HEADS) & (head < GROUP)
-    head += kv_head * GROUP
+    token = first_token + rows // heads
+    head = first_head + rows % heads
+    valid = (token < queries) & (rows < BLOCK_M // heads * heads) & (head < group)
+    head += kv_head * group
     position = context - queries + token
     row_first = first_visible(position, window, chunk, WINDOW, CHUNK)
     row_last = tl.where(valid, position, -1)
     needed = first_visible(context - queries + first_token, window, chunk, WINDOW, CHUNK)
-    end = tl.minimum(context - queries + first_token + BLOCK_M // HEADS, context)
+    end = tl.minimum(context - queries + first_token + BLOCK_M // heads, context)
 
     q_rows = (query_start + token).to(tl.int64) * q_token + head * q_head
     query = load_part(q, q_rows, valid, K_DIM, 0, K_MAIN)
@@ -193,7 +193,7 @@ def paged_prefill(
         Launch(
             paged_prefill_kernel,
             grid,
-            constants | {"tiles": tiles, "HEADS": heads, "HEAD_TILES": -(-group // heads)},
+            constants | {"tiles": tiles, "heads": heads, "head_tiles": -(-group // heads)},
             tile.num_warps,
             tile.num_stages,
             uses_tensor_cores=q.element_size() == 2,

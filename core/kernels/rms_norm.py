@@ -31,21 +31,21 @@ def rms_norm_kernel(
     residual_row: tl.tensor,
     out_row: tl.tensor,
     eps: tl.tensor,
-    SIZE: tl.constexpr,
+    size: tl.tensor,
     PADDED: tl.constexpr,
     PLUS_ONE: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, PADDED)
-    there = place < SIZE
+    there = place < size
     h = tl.load(x + row * x_row + place, mask=there, other=0.0).to(tl.float32)
     if residual is not None:
         h += tl.load(residual + row * residual_row + place, mask=there, other=0.0).to(tl.float32)
         kept = rounded(h, residual.dtype.element_ty, WIDEN)
         tl.store(residual + row * residual_row + place, kept, mask=there)
         h = kept.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(h * h, 0) / SIZE + eps)
+    scale = 1.0 / tl.sqrt(tl.sum(h * h, 0) / size + eps)
     factor = tl.load(weight + place, mask=there, other=0.0).to(tl.float32)
     if PLUS_ONE:
         y = h * scale * (1.0 + factor)
@@ -80,7 +80,7 @@ def rms_norm(
         "residual_row": 0 if residual is None else residual.stride(0),
         "out_row": out.stride(0),
         "eps": eps,
-        "SIZE": size,
+        "size": size,
         "PADDED": pow2(size),
         "PLUS_ONE": plus_one,
         "WIDEN": chip.interpreted,

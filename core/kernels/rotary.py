@@ -24,7 +24,7 @@ NAME = "rotary"
 ELEMENTS = 1024  # of a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def rotary_kernel(
     x: tl.tensor,
     cos: tl.tensor,
@@ -35,7 +35,7 @@ def rotary_kernel(
     out_token: tl.tensor,
     out_head: tl.tensor,
     angle_token: tl.tensor,
-    COUNT: tl.constexpr,
+    count: tl.tensor,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
@@ -49,12 +49,12 @@ def rotary_kernel(
     source = x + token * x_token + head[:, None] * x_head
     target = out + token * out_token + head[:, None] * out_head
     pair = tl.arange(0, HALF_PAD)
-    there = (head < COUNT)[:, None] & (pair < HALF)[None, :]
+    there = (head < count)[:, None] & (pair < HALF)[None, :]
     c = tl.load(cos + token * angle_token + pair, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
     s = tl.load(sin + token * angle_token + pair, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
     if INTERLEAVED:
         both = tl.arange(0, 2 * HALF_PAD)
-        there = (head < COUNT)[:, None] & (both < 2 * HALF)[None, :]
+        there = (head < count)[:, None] & (both < 2 * HALF)[None, :]
         pairs = tl.load(source + both[None, :], mask=there, other=0.0).to(tl.float32)
         a, b = tl.split(tl.reshape(pairs, [HEADS, HALF_PAD, 2]))
         turned = tl.interleave(a * c - b * s, b * c + a * s)
@@ -66,7 +66,7 @@ def rotary_kernel(
         tl.store(target + HALF + pair[None, :], rounded(b * c + a * s, out.dtype.element_ty, WIDEN), mask=there)
     if 2 * HALF < DIM:
         rest = 2 * HALF + tl.arange(0, REST_PAD)
-        there = (head < COUNT)[:, None] & (rest < DIM)[None, :]
+        there = (head < count)[:, None] & (rest < DIM)[None, :]
         tl.store(target + rest[None, :], tl.load(source + rest[None, :], mask=there), mask=there)
 
 
@@ -80,7 +80,9 @@ def rotary(
     check(NAME, "out", out, (tokens, count, dim), (x.dtype,), x)
     check(NAME, "cos", cos, (tokens, half), FLOATS, x, dense=True)
     check(NAME, "sin", sin, (tokens, half), (cos.dtype,), x, dense=True)
-    require(NAME, 0 < 2 * half <= dim, f"cos has {half} columns, so {2 * half} of a head's {dim} dimensions would turn.")
+    require(
+        NAME, 0 < 2 * half <= dim, f"cos has {half} columns, so {2 * half} of a head's {dim} dimensions would turn."
+    )
     chip = chip or chip_of(x)
     heads = min(pow2(count), max(1, ELEMENTS // pow2(dim)))
     args = {
@@ -93,7 +95,7 @@ def rotary(
         "out_token": out.stride(0),
         "out_head": out.stride(1),
         "angle_token": half,
-        "COUNT": count,
+        "count": count,
         "HEADS": heads,
         "DIM": dim,
         "HALF": half,

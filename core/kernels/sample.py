@@ -53,17 +53,17 @@ def value_of(key: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def from_key(
-    row: tl.tensor, low: tl.tensor, best: tl.tensor, cold: tl.tensor, least: tl.tensor, VOCAB: tl.constexpr,
+    row: tl.tensor, low: tl.tensor, best: tl.tensor, cold: tl.tensor, least: tl.tensor, vocab: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Return how many tokens have key >= low and weight >= least, and the sum of their weights (float64)."""
     count = tl.zeros([], tl.int32)
     mass = tl.zeros([], tl.float64)
-    for start in range(0, VOCAB, BLOCK):
+    for start in range(0, vocab, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        x = tl.load(row + place, mask=place < VOCAB, other=float("-inf")).to(tl.float32)
+        x = tl.load(row + place, mask=place < vocab, other=float("-inf")).to(tl.float32)
         weight = tl.exp((x - best) * cold)
-        kept = (place < VOCAB) & (key_of(x) >= low) & (weight >= least)
+        kept = (place < vocab) & (key_of(x) >= low) & (weight >= least)
         count += tl.sum(kept.to(tl.int32), 0)
         mass += tl.sum(tl.where(kept, weight, 0.0).to(tl.float64), 0)
     return count, mass
@@ -80,7 +80,7 @@ def sample_kernel(
     steps: tl.tensor,
     out: tl.tensor,
     logits_row: tl.tensor,
-    VOCAB: tl.constexpr,
+    vocab: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     place = tl.program_id(0)
@@ -95,9 +95,9 @@ def sample_kernel(
     uniform = (number >> 11).to(tl.float64) * 1.1102230246251565e-16  # 2^-53
 
     best = tl.full([], float("-inf"), tl.float32)
-    for start in range(0, VOCAB, BLOCK):
+    for start in range(0, vocab, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        x = tl.load(row + ids, mask=ids < VOCAB, other=float("-inf")).to(tl.float32)
+        x = tl.load(row + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
         best = tl.maximum(best, tl.max(x, 0))
     bottom = key_of(tl.full([], float("-inf"), tl.float32)).to(tl.int64)
     top = key_of(best).to(tl.int64)
@@ -106,19 +106,19 @@ def sample_kernel(
     if temperature > 0:
         cold = (1.0 / tl.maximum(temperature, 1e-6)).to(tl.float32)
         edge = bottom  # all keys above `edge` are kept, and the first `equals` of those at it
-        equals, mass = from_key(row, bottom, best, cold, 0.0, VOCAB, BLOCK)
+        equals, mass = from_key(row, bottom, best, cold, 0.0, vocab, BLOCK)
         above = tl.zeros([], tl.int32)
-        if k < VOCAB:
+        if k < vocab:
             high = top
             while edge < high:
                 middle = edge + (high - edge + 1) // 2
-                count, _ = from_key(row, middle, best, cold, 0.0, VOCAB, BLOCK)
+                count, _ = from_key(row, middle, best, cold, 0.0, vocab, BLOCK)
                 if count >= k:
                     edge = middle
                 else:
                     high = middle - 1
-        above, mass_above = from_key(row, edge + 1, best, cold, 0.0, VOCAB, BLOCK)
-        count, _ = from_key(row, edge, best, cold, 0.0, VOCAB, BLOCK)
+        above, mass_above = from_key(row, edge + 1, best, cold, 0.0, vocab, BLOCK)
+        count, _ = from_key(row, edge, best, cold, 0.0, vocab, BLOCK)
         equals = tl.minimum(count, k) - above
         mass = mass_above + equals.to(tl.float64) * tl.exp((value_of(edge) - best) * cold).to(tl.float64)
         if top_p < 1:
@@ -127,13 +127,13 @@ def sample_kernel(
             low = edge
             while low < high:
                 middle = low + (high - low + 1) // 2
-                _, reached = from_key(row, middle, best, cold, 0.0, VOCAB, BLOCK)
+                _, reached = from_key(row, middle, best, cold, 0.0, vocab, BLOCK)
                 if reached >= goal:
                     low = middle
                 else:
                     high = middle - 1
-            above, mass_above = from_key(row, low + 1, best, cold, 0.0, VOCAB, BLOCK)
-            count, _ = from_key(row, low, best, cold, 0.0, VOCAB, BLOCK)
+            above, mass_above = from_key(row, low + 1, best, cold, 0.0, vocab, BLOCK)
+            count, _ = from_key(row, low, best, cold, 0.0, vocab, BLOCK)
             weight = tl.exp((value_of(low) - best) * cold).to(tl.float64)
             wanted = tl.ceil((goal - mass_above) / tl.maximum(weight, 1e-300))
             ties = tl.minimum(tl.maximum(wanted, 1.0), (count - above).to(tl.float64)).to(tl.int32)
@@ -143,7 +143,7 @@ def sample_kernel(
             equals = ties
         weight = tl.exp((value_of(edge) - best) * cold)
         at_edge = tl.where(weight >= least, equals.to(tl.float64) * weight.to(tl.float64), 0.0)
-        _, mass_above = from_key(row, edge + 1, best, cold, least, VOCAB, BLOCK)
+        _, mass_above = from_key(row, edge + 1, best, cold, least, vocab, BLOCK)
         goal = uniform * (mass_above + at_edge)
         chosen = edge
         before = mass_above
@@ -152,13 +152,13 @@ def sample_kernel(
             chosen = edge + 1
             while chosen < high:
                 middle = chosen + (high - chosen + 1) // 2
-                _, reached = from_key(row, middle, best, cold, least, VOCAB, BLOCK)
+                _, reached = from_key(row, middle, best, cold, least, vocab, BLOCK)
                 if reached > goal:
                     chosen = middle
                 else:
                     high = middle - 1
-            above, before = from_key(row, chosen + 1, best, cold, least, VOCAB, BLOCK)
-            count, _ = from_key(row, chosen, best, cold, least, VOCAB, BLOCK)
+            above, before = from_key(row, chosen + 1, best, cold, least, vocab, BLOCK)
+            count, _ = from_key(row, chosen, best, cold, least, vocab, BLOCK)
             equals = count - above
         weight = tl.exp((value_of(chosen) - best) * cold).to(tl.float64)
         index = tl.floor((goal - before) / tl.maximum(weight, 1e-300))
@@ -166,10 +166,10 @@ def sample_kernel(
 
     token = tl.zeros([], tl.int32)
     seen = tl.zeros([], tl.int32)
-    for start in range(0, VOCAB, BLOCK):
+    for start in range(0, vocab, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        x = tl.load(row + ids, mask=ids < VOCAB, other=float("-inf")).to(tl.float32)
-        same = ((key_of(x) == chosen) & (ids < VOCAB)).to(tl.int32)
+        x = tl.load(row + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+        same = ((key_of(x) == chosen) & (ids < vocab)).to(tl.int32)
         rank = seen + tl.cumsum(same, 0) - 1
         token += tl.sum(tl.where((same > 0) & (rank == nth), ids, 0), 0)
         seen += tl.sum(same, 0)
@@ -209,7 +209,7 @@ def sample(
         "steps": steps,
         "out": out,
         "logits_row": logits.stride(0),
-        "VOCAB": vocab,
+        "vocab": vocab,
         "BLOCK": min(BLOCK, pow2(vocab)),
     }
     chip.run(Launch(sample_kernel, (rows,), args, num_warps=512 // chip.target.warp_size))

@@ -24,7 +24,7 @@ NAME = "write_kv"
 ELEMENTS = 1024  # of a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kv_heads"])
 def write_kv_kernel(
     k: tl.tensor,
     v: tl.tensor,
@@ -41,8 +41,8 @@ def write_kv_kernel(
     values_block: tl.tensor,
     values_slot: tl.tensor,
     values_head: tl.tensor,
+    kv_heads: tl.tensor,
     BLOCK_SIZE: tl.constexpr,
-    KV_HEADS: tl.constexpr,
     K_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     HEADS: tl.constexpr,
@@ -57,12 +57,12 @@ def write_kv_kernel(
         block = slot // BLOCK_SIZE
         offset = slot % BLOCK_SIZE
         dims = tl.arange(0, K_PAD)
-        there = (heads < KV_HEADS)[:, None] & (dims < K_DIM)[None, :]
+        there = (heads < kv_heads)[:, None] & (dims < K_DIM)[None, :]
         row = tl.load(k + token * k_token + heads[:, None] * k_head + dims[None, :], mask=there)
         target = keys + block * keys_block + offset * keys_slot + heads[:, None] * keys_head + dims[None, :]
         tl.store(target, rounded(row, keys.dtype.element_ty, WIDEN), mask=there)
         dims = tl.arange(0, V_PAD)
-        there = (heads < KV_HEADS)[:, None] & (dims < V_DIM)[None, :]
+        there = (heads < kv_heads)[:, None] & (dims < V_DIM)[None, :]
         row = tl.load(v + token * v_token + heads[:, None] * v_head + dims[None, :], mask=there)
         target = values + block * values_block + offset * values_slot + heads[:, None] * values_head + dims[None, :]
         tl.store(target, rounded(row, values.dtype.element_ty, WIDEN), mask=there)
@@ -100,7 +100,7 @@ def write_kv(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, 
         "values_slot": values.stride(1),
         "values_head": values.stride(2),
         "BLOCK_SIZE": block_size,
-        "KV_HEADS": kv_heads,
+        "kv_heads": kv_heads,
         "K_DIM": k_dim,
         "V_DIM": v_dim,
         "HEADS": heads,

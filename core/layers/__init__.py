@@ -5,15 +5,25 @@ from core.layers.embedding import Embedding, Head
 from core.layers.linear import Linear, MergedLinear, pack_linears, unpack_linears
 from core.layers.mlp import GatedMLP
 from core.layers.norm import RMSNorm
-from core.layers.quant_formats import AffineTensor, TableTensor, pack_codes, unpack_codes
-from core.layers.quantized import QuantizedLinear, QuantizedTensor
+from core.layers.quant_formats import (
+    AffineTensor,
+    Float8Tensor,
+    HalfTensor,
+    TableTensor,
+    float8_tensor,
+    pack_codes,
+    unpack_codes,
+)
+from core.layers.quantized import QuantizedLinear, QuantizedTensor, give_kernels
 from core.layers.rotary import Rotary, RotaryError, apply_rotary
 
 __all__ = [
     "AffineTensor",
     "Attention",
     "Embedding",
+    "Float8Tensor",
     "GatedMLP",
+    "HalfTensor",
     "Head",
     "Linear",
     "MergedLinear",
@@ -24,6 +34,8 @@ __all__ = [
     "RotaryError",
     "TableTensor",
     "apply_rotary",
+    "float8_tensor",
+    "give_kernels",
     "pack_codes",
     "pack_linears",
     "unpack_codes",

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.layers.linear import Linear, Loader, copy_checked
+from core.layers.linear import Linear, Loader, fill_weight, on_device
 
 
 class Embedding(nn.Module):
@@ -17,7 +17,7 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(count, size, dtype=dtype), requires_grad=False)
 
     def loaders(self, name: str) -> dict[str, Loader]:
-        return {f"{name}.weight": copy_checked(f"{name}.weight", self.weight)}
+        return {f"{name}.weight": fill_weight(f"{name}.weight", self)}
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)
@@ -29,3 +29,14 @@ class Head(Linear):
     def tie(self, embedding: Embedding) -> None:
         """Share the embedding's weight."""
         self.weight = embedding.weight
+
+
+def make_room(model: nn.Module, device: torch.device) -> None:
+    """Give memory to what was made without (on "meta"), but not to the weights of linears and embeddings.
+
+    Those come as they are loaded, quantized ones in their own size.
+    """
+    for part in model.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            if name != "weight" or not isinstance(part, (Linear, Embedding)):
+                setattr(part, name, on_device(weight, device))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.errors import CheckpointError
+from core.layers.quant_formats import HalfTensor
 from core.layers.quantized import QuantizedLinear, QuantizedTensor
 
 if TYPE_CHECKING:
@@ -39,6 +40,27 @@ def copy_checked(name: str, target: Tensor) -> Loader:
     return load
 
 
+def fill_weight(name: str, layer: nn.Module) -> Loader:
+    """Return a loader of `layer.weight`: floats are copied into it, a quantized tensor takes its place."""
+
+    def load(tensor: Tensor) -> None:
+        target = layer.weight
+        assert isinstance(target, Tensor)
+        if isinstance(tensor, QuantizedTensor) and tensor.shape == target.shape:
+            layer.weight = nn.Parameter(tensor.as_dtype(target.dtype), requires_grad=False)
+        else:
+            layer.weight = on_device(target, tensor.device)
+            copy_checked(name, layer.weight)(tensor)
+
+    return load
+
+
+def on_device(weight: Tensor, device: torch.device) -> nn.Parameter:
+    """Return a weight that was made without memory (on "meta") as an empty one on a device; any other as it is."""
+    made = torch.empty_like(weight, device=device) if weight.is_meta else weight
+    return made if isinstance(made, nn.Parameter) else nn.Parameter(made, requires_grad=False)
+
+
 class Linear(nn.Module):
     """y = x @ weight.T + bias; x [..., in], weight [out, in]."""
 
@@ -50,7 +72,7 @@ class Linear(nn.Module):
 
     def loaders(self, name: str) -> dict[str, Loader]:
         """Return what fills this layer, by the checkpoint's tensor name."""
-        found = {f"{name}.weight": copy_checked(f"{name}.weight", self.weight)}
+        found = {f"{name}.weight": fill_weight(f"{name}.weight", self)}
         if self.bias is not None:
             found[f"{name}.bias"] = copy_checked(f"{name}.bias", self.bias)
         return found
@@ -60,22 +82,67 @@ class Linear(nn.Module):
 
 
 class MergedLinear(Linear):
-    """Several linears over one input as one: their outputs stand side by side."""
+    """Several linears over one input as one: their outputs stand side by side.
+
+    Quantized weights whose rows do not fit into one tensor stay linears of their own, in `parts`.
+    """
 
     def __init__(self, in_features: int, sizes: Sequence[int], bias: bool, dtype: torch.dtype) -> None:
         super().__init__(in_features, sum(sizes), bias, dtype)
         self.sizes = list(sizes)
+        self.parts: nn.ModuleList | None = None
+        self._waiting: dict[int, Tensor] = {}  # weights that came while others of this layer have not
 
     def merged_loaders(self, names: Sequence[str]) -> dict[str, Loader]:
         """Return what fills each part; names stand in the order of the sizes."""
         found: dict[str, Loader] = {}
         start = 0
-        for name, size in zip(names, self.sizes, strict=True):
-            found[f"{name}.weight"] = copy_checked(f"{name}.weight", self.weight.narrow(0, start, size))
+        for index, (name, size) in enumerate(zip(names, self.sizes, strict=True)):
+            found[f"{name}.weight"] = self._part_loader(f"{name}.weight", index, start, size)
             if self.bias is not None:
                 found[f"{name}.bias"] = copy_checked(f"{name}.bias", self.bias.narrow(0, start, size))
             start += size
         return found
+
+    def _part_loader(self, name: str, index: int, start: int, size: int) -> Loader:
+        def load(tensor: Tensor) -> None:
+            if not self.weight.is_meta:
+                copy_checked(name, self.weight.narrow(0, start, size))(tensor)
+                return
+            if tensor.shape != (size, self.in_features):
+                raise CheckpointError(
+                    f"Tensor {name} has shape {list(tensor.shape)}, but this model's config asks for "
+                    f"{[size, self.in_features]}."
+                )
+            self._waiting[index] = tensor.to(self.weight.dtype)
+            if len(self._waiting) == len(self.sizes):
+                self._merge([self._waiting.pop(part) for part in range(len(self.sizes))])
+
+        return load
+
+    def _merge(self, weights: Sequence[Tensor]) -> None:
+        first = weights[0]
+        plain = not any(isinstance(weight, QuantizedTensor) for weight in weights)
+        if plain or (isinstance(first, QuantizedTensor) and all(first.joins(weight) for weight in weights[1:])):
+            self.weight = nn.Parameter(torch.cat(list(weights)), requires_grad=False)
+            return
+        biases = [None] * len(weights) if self.bias is None else self.bias.split(self.sizes)
+        self.parts = nn.ModuleList(_holding(*pair) for pair in zip(weights, biases, strict=True))
+        self.weight, self.bias = None, None  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.parts is not None:
+            return torch.cat([part(x) for part in self.parts], -1)
+        return F.linear(x, self.weight, self.bias)
+
+
+def _holding(weight: Tensor, bias: Tensor | None) -> Linear:
+    """Return a linear of these very tensors."""
+    with torch.device("meta"):
+        layer = Linear(weight.shape[1], weight.shape[0], bias is not None, weight.dtype)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return layer
 
 
 class PackedLinear(nn.Module):
@@ -154,7 +221,10 @@ def pack(layer: nn.Module, kernels: Kernels | None = None) -> nn.Module:
     weight, bias = layer.weight, layer.bias
     if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
         return layer
-    kernel = None if kernels is None or weight.dim() != 2 else kernels.linear(weight, bias)
+    if not isinstance(weight, QuantizedTensor) and type(weight) not in (Tensor, nn.Parameter):
+        return layer  # another library's kind of tensor (torchao's), which multiplies in its own way
+    asked = weight.parts["values"] if isinstance(weight, HalfTensor) else weight  # kernels know halves as plain tensors
+    kernel = None if kernels is None or weight.dim() != 2 else kernels.linear(asked, bias)
     if isinstance(weight, QuantizedTensor):
         return QuantizedLinear(weight, bias, kernel) if weight.dim() == 2 else layer
     if kernel is not None:

@@ -1,4 +1,4 @@
-"""The two layouts that most 4 and 8 bit formats are brought into: steps of equal size, and a table of 16 values.
+"""The layouts that most formats are brought into: steps of equal size, a table of 16 values, halves, float8.
 
 codes     4 bit: uint8 [..., out, in / 2], weight 2j in the low half of byte j, weight 2j + 1 in the high half
           8 bit: uint8 [..., out, in]
@@ -53,6 +53,52 @@ class TableTensor(QuantizedTensor):
         grouped = values.unflatten(-1, (-1, self.settings["group_size"]))
         found: Tensor = (grouped * self.parts["scales"].float().unsqueeze(-1)).flatten(-2)
         return found
+
+
+class HalfTensor(QuantizedTensor):
+    """A weight in halves that modules see as float32: the very same numbers in half the memory.
+
+    Part: `values`, float16 or bfloat16 [..., out, in].
+    """
+
+    packing = "half"
+
+    def decode(self) -> Tensor:
+        return self.parts["values"].float()
+
+
+class Float8Tensor(QuantizedTensor):
+    """weight = float8 value * scale. Parts: `codes`, the values' bytes as uint8 [..., out, in], and `scales`
+    [..., out, blocks] in a float dtype; settings: `format` ("float8_e4m3fn", "float8_e5m2"), and `block`: a row's
+    weights [b * block, (b + 1) * block) share a scale; the last block may be shorter."""
+
+    packing = "float8"
+
+    def decode(self) -> Tensor:
+        values = self.parts["codes"].view(getattr(torch, self.settings["format"])).float()
+        scales, block = self.parts["scales"].float(), self.settings["block"]
+        if scales.shape[-1] > 1:
+            scales = scales.repeat_interleave(block, -1)[..., : self.in_features]
+        return values * scales
+
+
+def float8_tensor(values: Tensor, scales: Tensor, block: tuple[int, int] | None, dtype: torch.dtype) -> Float8Tensor:
+    """Make one of values [..., out, in] in a float8 dtype and their scales, which are multiplied with.
+
+    scales are [..., ceil(out / rows), ceil(in / columns)] for a `block` of (rows, columns); without one they are of
+    any shape that spreads over [..., out, 1]. The scale of a block is repeated for each of its rows.
+    """
+    *leading, out, width = values.shape
+    if scales.dtype.itemsize == 1:  # float8_e8m0fnu: powers of two
+        scales = scales.float()
+    if block is None:
+        scales = scales.reshape(1, 1) if scales.numel() == 1 else scales
+        scales = scales.expand(*leading, out, 1).contiguous()
+    else:
+        scales = scales.repeat_interleave(block[0], -2)[..., :out, :]
+    parts = {"codes": values.view(torch.uint8), "scales": scales}
+    settings = {"format": str(values.dtype).removeprefix("torch."), "block": width if block is None else block[1]}
+    return Float8Tensor(parts, width, dtype, **settings)
 
 
 def unpack_codes(codes: Tensor, bits: int) -> Tensor:

@@ -41,7 +41,9 @@ class Rotary:
         self.original = int(stated or max_positions)
         self.factor = float(parameters.get("factor") or 1.0)
         self.attention_factor = 1.0
-        self.inverse = self._inverse(max_positions).to(device)  # [dim / 2] float32
+        with torch.device("cpu"):  # not the device of a model that is built without memory
+            inverse = self._inverse(max_positions)
+        self.inverse = inverse.to(device)  # [dim / 2] float32
 
     @property
     def depends_on_length(self) -> bool:

@@ -158,9 +158,8 @@ def test_raw_blocks_decode_to_the_same_tensor(smollm2_path):
     checkpoint = GGUFCheckpoint.open(smollm2_path)
     for name in ("model.layers.3.self_attn.k_proj.weight", "model.layers.3.mlp.down_proj.weight", "model.norm.weight"):
         raw = checkpoint.raw(name)
-        decoded = gguf.quants.dequantize(raw.data, gguf.GGMLQuantizationType(raw.type.id)) - raw.minus
+        decoded = gguf.quants.dequantize(raw.data.numpy(), gguf.GGMLQuantizationType(raw.type.id)) - raw.minus
         assert np.array_equal(decoded.reshape(raw.shape), checkpoint.tensor(name).numpy())
-        assert not raw.data.flags.writeable
 
 
 def test_an_unknown_name_is_refused(write_gguf, tiny):

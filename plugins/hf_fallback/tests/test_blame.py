@@ -69,3 +69,10 @@ def test_the_innermost_frame_that_is_no_librarys_tells(callers, ours):
     with pytest.raises(ValueError, match="somewhere") as error:
         call()
     assert is_ours(error.value, model) is ours
+
+
+def test_a_call_that_torch_refuses_while_counts_are_followed_is_the_models_mistake(tmp_path):
+    # Its module pads a text to a whole chunk by an arange that runs backwards when the text is short.
+    folder = tiny_checkpoint("reformer", tmp_path)
+    with LLM(model=str(folder), model_impl="transformers", skip_tokenizer_init=True) as llm:
+        assert llm.model_impl_name == "transformers/cache"

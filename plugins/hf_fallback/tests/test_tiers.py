@@ -1,14 +1,20 @@
 """Each architecture is served by the fastest tier that is right for it, and answers like `generate`."""
 
+from importlib.metadata import version
+
 import pytest
 
 from core import LLM, SamplingParams
 from core.errors import NoImplementation
 from core.testing import assert_matches_transformers, tiny_checkpoint
+from core_hf_fallback import versions
 
+OLDEST = versions.major_minor(version("transformers")) == versions.OLDEST
 TIERS = {
     "gpt2": "paged",  # learned positions
-    "gemma2": "paged",  # softcap, and a window in every second layer
+    # Softcap, and a window in every second layer. The sdpa attention of the oldest transformers drops the softcap, and
+    # so does its generate; the paged tier does not.
+    "gemma2": "rows" if OLDEST else "paged",
     "gpt_oss": "paged",  # sinks
     "mixtral": "paged",  # experts
     "olmo3": "paged",  # windows by layer

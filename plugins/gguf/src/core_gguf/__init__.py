@@ -8,7 +8,7 @@ from core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from core.config import EngineConfig
-    from core.contracts import Checkpoint, Tokenizer
+    from core.contracts import Checkpoint, QuantMethod, Tokenizer
     from core.spec import ModelSpec
 
 CORE_API = (1, 0)  # the version of core's API that this plugin was written for
@@ -35,3 +35,11 @@ def provide_tokenizer(spec: ModelSpec, options: EngineConfig) -> Tokenizer | Non
     from core_gguf.tokenizer import open_tokenizer
 
     return open_tokenizer(spec, options)
+
+
+@hookimpl
+def provide_quant_method(spec: ModelSpec, options: EngineConfig) -> QuantMethod | None:
+    """Answer for every GGUF file, unless the user names another plugin's method, which then gets the decoded floats."""
+    from core_gguf.quant_method import choose_method
+
+    return choose_method(spec, options)

@@ -67,10 +67,24 @@ class GGUFFile:
         metadata = head.keys(num_keys)
         return cls(path, data, metadata, head.tensor_infos(num_tensors, metadata))
 
+    @property
+    def data(self) -> mmap.mmap:
+        """The whole file, mapped. Whoever writes into it changes the file for all views of this process."""
+        return self._data
+
     def raw(self, info: TensorInfo) -> NDArray[np.uint8]:
         """Return a read-only view of a tensor's bytes: [rows, row_bytes]."""
         flat = np.frombuffer(self._data, np.uint8, info.nbytes, info.start)
+        flat.flags.writeable = False
         return flat.reshape(-1, info.row_bytes)
+
+    def forget(self, info: TensorInfo | None = None) -> None:
+        """Give the memory of a tensor, or of the whole file, back to the system; views of it read the file again."""
+        if not hasattr(mmap, "MADV_DONTNEED"):  # Windows, which has no such call
+            return
+        start, size = (0, len(self._data)) if info is None else (info.start, info.nbytes)
+        page = start // mmap.PAGESIZE * mmap.PAGESIZE
+        self._data.madvise(mmap.MADV_DONTNEED, page, start + size - page)
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T | None:
         """Return metadata `key`, `default` if the file lacks it; CheckpointError if it is of another kind."""
@@ -95,7 +109,8 @@ class GGUFFile:
 def _map(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            # Copy on write: torch warns of memory that cannot be written, though nobody writes into this.
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise CheckpointError(f"Cannot open {path} as GGUF: {error}.") from error
 

@@ -7,13 +7,14 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from core.contracts import Checkpoint, Model, Refusal
 from core.errors import CoreError
-from core.layers import pack_linears, unpack_linears
+from core.layers import give_kernels, pack_linears, unpack_linears
 from core.model_loader import BuildContext
 from core_hf_fallback.blame import is_ours
 from core_hf_fallback.cache import CacheModel, Stepper
@@ -21,6 +22,8 @@ from core_hf_fallback.interface import bind, configs_of
 from core_hf_fallback.load import load_module
 from core_hf_fallback.module_state import ModuleState
 from core_hf_fallback.paged import NotPaged, PagedModel, logits_of
+from core_hf_fallback.patches.calls import linear_calls
+from core_hf_fallback.patches.patcher import Patcher
 from core_hf_fallback.probe import Probe, rows_difference, run_rows
 from core_hf_fallback.ropes import Ropes
 from core_hf_fallback.rows import RowsModel
@@ -63,11 +66,15 @@ class Loaded:
 
     def plain_logits(self, ids: Tensor) -> Tensor:
         """ids [texts, tokens] -> logits [texts, tokens, vocab]."""
-        parameters = inspect.signature(self.module.forward).parameters
-        positions = {"position_ids": torch.arange(ids.shape[1]).expand_as(ids)} if "position_ids" in parameters else {}
-        device = next(self.module.parameters()).device
-        ids, positions = ids.to(device), {name: value.to(device) for name, value in positions.items()}
-        return logits_of(self.module(input_ids=ids, use_cache=False, **positions)).cpu()
+        ids = ids.to(next(self.module.parameters()).device)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        if "position_ids" in inspect.signature(self.module.forward).parameters:
+            try:
+                return logits_of(self.module(input_ids=ids, use_cache=False, position_ids=positions)).cpu()
+            except Exception as error:  # the model's code: some modules take positions of certain lengths only
+                if is_ours(error, self.module):
+                    raise
+        return logits_of(self.module(input_ids=ids, use_cache=False)).cpu()
 
     def restore_attention(self) -> None:
         for config in configs_of(self.module):
@@ -76,8 +83,6 @@ class Loaded:
 
 def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Model | Refusal:
     """Build one tier, or refuse with what the probe found."""
-    if context.quant_method is not None:
-        return Refusal(f"quantization method {context.quant_method.name!r} is not wired into this implementation yet")
     max_len = context.options.max_model_len or checkpoint.spec.max_context or DEFAULT_MAX_LEN
     loaded = context.shared.get(SHARED)
     if loaded is None:
@@ -85,6 +90,8 @@ def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Mode
         loaded = context.shared[SHARED] = Loaded(load_module(checkpoint, context), max_len)
     if tier != "cache" and loaded.ropes.unknown is not None:
         return Refusal(f"{loaded.ropes.unknown} rotates by the length of the longest text in the batch")
+    if tier != "cache" and loaded.ropes.forgets_after is not None:
+        return Refusal(f"its generate forgets a text that grows past {loaded.ropes.forgets_after} tokens")
     if tier == "paged":
         return _paged(loaded, context)
     loaded.restore_attention()
@@ -98,11 +105,12 @@ def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Mode
 def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
     start = time.monotonic()
     binding = bind(loaded.module)
+    patcher: Patcher | None = None
     try:
-        with calls_of(loaded.module, nn.Linear) as called:
+        with linear_calls(loaded.module) as calls:
             model = PagedModel(loaded.module, binding, loaded.ropes, *loaded.probe.beginning(context.device))
-        pack_linears(loaded.module, kinds=(nn.Linear,), only=called, kernels=context.kernels)
-        wrong = loaded.probe.difference(model, context.make_attention(), context.device)
+        patcher = Patcher(loaded.module, calls, context.kernels, context.options.disable_patches)
+        wrong = patcher.settle(lambda: loaded.probe.difference(model, context.make_attention(), context.device))
     except (NotPaged, CoreError) as reason:
         wrong = str(reason)
     except Exception as error:  # the model's code: whatever it raises on a flat batch declines this tier
@@ -111,11 +119,19 @@ def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
         wrong = f"the flat batch fails in the module: {type(error).__name__}: {error}"
     finally:
         loaded.counts_tokens = bool(binding.counting_layers)
-    if wrong is not None:
-        unpack_linears(loaded.module)  # the next tier checks for itself what packing changes
-        return Refusal(wrong)
-    logger.info("probed transformers/paged in %.2f s: right", time.monotonic() - start)
+    if wrong is not None or patcher is None:
+        if patcher is not None:
+            patcher.undo()  # the next tier checks for itself what packing changes
+        return Refusal(wrong or "nothing was probed")
+    model.features = replace(model.features, patches=tuple(patcher.counts))
+    seconds = time.monotonic() - start
+    logger.info("probed transformers/paged in %.2f s: right; patches: %s", seconds, patcher.summary)
     return model
+
+
+def _pack(module: nn.Module, called: set[nn.Module], context: BuildContext) -> None:
+    pack_linears(module, kinds=(nn.Linear,), only=called, kernels=context.kernels)
+    give_kernels(module, context.kernels)
 
 
 @contextmanager
@@ -163,9 +179,10 @@ def _probed_rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model |
     wrong: str | None = None
     for packed in (True, False):
         if packed:
-            pack_linears(loaded.module, kinds=(nn.Linear,), only=called, kernels=context.kernels)
+            _pack(loaded.module, called, context)
         else:
             unpack_linears(loaded.module)
+            give_kernels(loaded.module, None)
         for padding in (True, False) if not loaded.counts_tokens else (False,):
             try:
                 model = RowsModel(stepper, loaded.vocab_size, padding)

@@ -2,36 +2,59 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from core.contracts import Checkpoint
 from core.errors import CheckpointError
 from core.model_loader import BuildContext
+from core.quant_weights import by_transformers, says_nothing
 from core.spec import ModelSpec
+
+logger = logging.getLogger("core_serve.hf_fallback")
 
 
 def load_module(checkpoint: Checkpoint, context: BuildContext) -> nn.Module:
     """Return the model in eval mode. Raises CheckpointError naming every missing, left-over or misshapen tensor."""
+    if context.quant_method is not None and by_transformers(context.quant_method):
+        logger.info("%s: transformers' own quantized layers, as its library runs them", context.quant_method.name)
+        context = replace(context, quant_method=None)
     try:
         with ThreadPoolExecutor(1) as reader:
             # Decoding a file takes a second, and so does importing transformers: they go side by side.
-            tensors = reader.submit(dict, checkpoint.tensors()) if checkpoint.spec.format != "hf" else None
+            is_read = context.quant_method is not None or checkpoint.spec.format != "hf"
+            tensors = reader.submit(_read, checkpoint, context) if is_read else None
             model, info = _from_pretrained(checkpoint, context, tensors)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"transformers cannot load {checkpoint.spec.path}: {type(error).__name__}: {error}"
         ) from error
     _check(checkpoint.spec, info)
-    return model.eval().to(context.device)
+    if context.quant_method is None:
+        return model.eval().to(context.device)
+    from core_hf_fallback.quantized import settle
+
+    return settle(model, context.device)
+
+
+def _read(checkpoint: Checkpoint, context: BuildContext) -> dict[str, Any]:
+    """Return the arguments for `from_pretrained` that hold the tensors."""
+    if context.quant_method is None:
+        return {"state_dict": dict(checkpoint.tensors())}
+    from core_hf_fallback.quantized import arguments_of
+
+    return arguments_of(checkpoint, context.quant_method, context.dtype)
 
 
 def _from_pretrained(
-    checkpoint: Checkpoint, context: BuildContext, tensors: Future[dict[str, Tensor]] | None
+    checkpoint: Checkpoint, context: BuildContext, tensors: Future[dict[str, Any]] | None
 ) -> tuple[Any, dict[str, Any]]:
-    """Return the module and transformers' report; `tensors` for a format that transformers cannot open."""
+    """Return the module and transformers' report; `tensors` for what transformers does not open by itself."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -41,12 +64,35 @@ def _from_pretrained(
     arguments: dict[str, Any] = {"config": config, "dtype": context.dtype, "output_loading_info": True}
     arguments["ignore_mismatched_sizes"] = True  # they are refused by _check, which names them
     if tensors is not None:
-        model, info = model_class.from_pretrained(None, state_dict=tensors.result(), **arguments)
-        return model, info
+        return _from_tensors(model_class, arguments, tensors, is_quantized=context.quant_method is not None)
     if checkpoint.spec.auto_map and context.options.trust_remote_code:
         arguments["trust_remote_code"] = True
     model, info = model_class.from_pretrained(str(checkpoint.spec.path), **arguments)
     return model, info
+
+
+def _from_tensors(
+    model_class: Any, arguments: dict[str, Any], tensors: Future[dict[str, Any]], is_quantized: bool
+) -> tuple[Any, dict[str, Any]]:
+    if is_quantized:
+        drop_quantization(arguments["config"])
+        arguments["experts_implementation"] = "eager"  # one at a time: the others would make floats of all of them
+    read = tensors.result()
+    model, info = model_class.from_pretrained(None, **arguments, **read)
+    if is_quantized:
+        info["unexpected_keys"] = _left_over(info["unexpected_keys"], read["state_dict"])
+    return model, info
+
+
+def drop_quantization(config: Any) -> None:
+    """Take quantization_config out of a config, so that the module is built plain."""
+    for one in (config, config.get_text_config()):
+        if hasattr(one, "quantization_config"):
+            del one.quantization_config
+
+
+def _left_over(names: Iterable[str], state_dict: Mapping[str, Any]) -> list[str]:
+    return [name for name in names if name not in state_dict or not says_nothing(name, state_dict[name][...])]
 
 
 def _config(spec: ModelSpec, context: BuildContext) -> Any:
@@ -62,8 +108,11 @@ def _model_class(spec: ModelSpec, config: Any, context: BuildContext) -> Any:
     """The class that saved the checkpoint, where transformers has it: the Auto class does not map every text config."""
     import transformers
 
-    if spec.auto_map.get("AutoModelForCausalLM"):
+    reference = spec.auto_map.get("AutoModelForCausalLM")
+    if reference and context.quant_method is None:
         return transformers.AutoModelForCausalLM
+    if reference and context.options.trust_remote_code:  # Auto reads such a class only beside weights of its own
+        return transformers.dynamic_module_utils.get_class_from_dynamic_module(reference, str(spec.path))
     named = getattr(transformers, spec.architecture, None) if spec.architecture else None
     if isinstance(named, type) and hasattr(named, "generate"):
         return named

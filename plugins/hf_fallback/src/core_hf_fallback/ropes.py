@@ -130,7 +130,9 @@ class Ropes:
             leaf = not part._parameters and not part._modules
             if leaf and max_length > SHOWN and "position_ids" in inspect.signature(part.forward).parameters:
                 self._try(name, part, max_length)
-        self.restart_after = next((n for n in sorted(self.thresholds) if computes_anew(module, n + 1)), None)
+        crossed = {n: when_crossing(module, n + 1) for n in sorted(self.thresholds)}
+        self.restart_after = next((n for n, does in crossed.items() if does == "anew"), None)
+        self.forgets_after = next((n for n, does in crossed.items() if does == "forgets"), None)
         if self.found:
             logger.info("%s rotates by the length of a text; each text is rotated as if alone", self.names)
 
@@ -173,10 +175,14 @@ class Ropes:
                 rope.lengths = None
 
 
-def computes_anew(module: Any, length: int) -> bool:
-    """True if `generate` would run a text of `length` tokens whole, although the cache holds all but the last one."""
+def when_crossing(module: Any, length: int) -> str:
+    """Say what `generate` does with a text of `length` tokens when the cache holds all but the last one.
+
+    "goes on"; "anew": it computes the text whole, without the cache; "forgets": it drops the cache and runs the last
+    token alone, as an older transformers does where it means to compute anew.
+    """
     if not hasattr(module, "prepare_inputs_for_generation"):
-        return False
+        return "goes on"
     from transformers import DynamicCache
 
     class Holding(DynamicCache):
@@ -190,11 +196,13 @@ def computes_anew(module: Any, length: int) -> bool:
     inputs = module.prepare_inputs_for_generation(
         ids,
         next_sequence_length=1,
-        past_key_values=Holding(),
+        past_key_values=(holding := Holding()),
         attention_mask=torch.ones_like(ids),
         use_cache=True,
     )
-    return bool(inputs["input_ids"].shape[1] > 1)
+    if inputs["input_ids"].shape[1] > 1:
+        return "anew"
+    return "goes on" if inputs.get("past_key_values") is holding else "forgets"
 
 
 def text_lengths(batch: Batch, restart: int | None) -> list[int]:

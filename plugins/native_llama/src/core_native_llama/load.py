@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from core.contracts import Checkpoint, Model, Refusal
 from core.layers import pack_linears
-from core.layers.embedding import Head
+from core.layers.embedding import Head, make_room
 from core.layers.linear import Linear, Loader, MergedLinear
 from core.model_loader import BuildContext
+from core.quant_weights import by_transformers, says_nothing, weight_stream
 from core.weights import load_strict
 from core_native_llama.config import LlamaConfig
 from core_native_llama.model import Layer, LlamaModel
@@ -18,13 +19,25 @@ from core_native_llama.model import Layer, LlamaModel
 
 def load(config: LlamaConfig, checkpoint: Checkpoint, context: BuildContext) -> Model | Refusal:
     """Build the model and fill it. Raises CheckpointError naming every missing or left-over tensor."""
-    if context.quant_method is not None:
-        return Refusal(f"quantization method {context.quant_method.name!r} is not wired into this implementation yet")
-    with torch.device(context.device):
+    if context.quant_method is not None and by_transformers(context.quant_method):
+        return Refusal(f"only transformers reads weights quantized with {context.quant_method.name!r}")
+    with torch.device("meta" if context.quant_method else context.device):
         model = LlamaModel(config, context.dtype, context.device)
-    load_strict(_loaders(model), checkpoint.tensors(), ignore=_ignored(config))
+    if context.quant_method is not None:
+        make_room(model, context.device)
+    loaders = _loaders(model)
+    tensors = weight_stream(checkpoint, context, linears=_linears(loaders))
+    needed = (pair for pair in tensors if pair[0] in loaders or context.quant_method is None or not says_nothing(*pair))
+    load_strict(loaders, needed, ignore=_ignored(config))
+    if config.tied:
+        model.head.tie(model.embedding)  # a quantized embedding took the place of the one that was tied
     pack_linears(model, kinds=(Linear, MergedLinear, Head), kernels=context.kernels)
     return model.eval()
+
+
+def _linears(loaders: Mapping[str, Loader]) -> set[str]:
+    """The weights that may be quantized on the fly."""
+    return {name for name in loaders if name.endswith("_proj.weight")}
 
 
 def _loaders(model: LlamaModel) -> dict[str, Loader]:

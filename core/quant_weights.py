@@ -1,0 +1,122 @@
+"""Quantized checkpoints as streams of weights: what quantization plugins build on, and what loaders of models take."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from core.contracts import Checkpoint, QuantMethod
+from core.errors import CheckpointError
+from core.layers import HalfTensor, QuantizedTensor
+
+if TYPE_CHECKING:
+    from core.model_loader import BuildContext
+
+
+def weight_stream(
+    checkpoint: Checkpoint, context: BuildContext, linears: Collection[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every (name, tensor) on the context's device, under a float checkpoint's names, one in memory at a time.
+
+    Weights are QuantizedTensors where the context has a quantization method. On the fly, those named in `linears` are.
+    """
+    method = context.quant_method
+    if method is None:
+        yield from checkpoint.tensors()
+        return
+    for name, tensor in method.tensors(checkpoint, context.dtype):
+        if method.on_the_fly and name in linears:
+            yield name, method.quantize(name, tensor.to(context.device, context.dtype))
+        else:
+            yield name, kept_small(tensor.to(context.device), context.dtype)
+
+
+def kept_small(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a matrix of halves seen as float32, where that is the model's dtype; any other tensor as it is."""
+    halves = tensor.dtype in (torch.float16, torch.bfloat16) and not isinstance(tensor, QuantizedTensor)
+    if not halves or dtype != torch.float32 or tensor.dim() < 2:
+        return tensor
+    return HalfTensor({"values": tensor}, tensor.shape[-1], dtype)
+
+
+def by_transformers(method: QuantMethod) -> bool:
+    """True if only transformers' own loader builds the quantized layers, so that no other implementation can serve."""
+    return bool(getattr(method, "by_transformers", False))
+
+
+def says_nothing(name: str, tensor: Tensor) -> bool:
+    """True for a bias of zeros: some formats store one for every linear, also for those that have none."""
+    return name.endswith(".bias") and not bool(tensor.any())
+
+
+def by_module(names: Iterable[str], parts: Collection[str]) -> tuple[dict[str, set[str]], list[str]]:
+    """Sort a checkpoint's names: module -> which of `parts` it has ("qweight", "scales"); and all other names.
+
+    >>> by_module(["a.q.qweight", "a.q.scales", "a.q.bias"], ("qweight", "scales"))
+    ({'a.q': {'qweight', 'scales'}}, ['a.q.bias'])
+    """
+    modules: dict[str, set[str]] = {}
+    others = []
+    for name in names:
+        module, _, part = name.rpartition(".")
+        if part in parts:
+            modules.setdefault(module, set()).add(part)
+        else:
+            others.append(name)
+    return modules, others
+
+
+def read_part(checkpoint: Checkpoint, name: str, shape: Sequence[int] | None = None) -> Tensor:
+    """Read a tensor of a format's own. Raises CheckpointError naming file and tensor if its shape is not `shape`."""
+    tensor = checkpoint.tensor(name)
+    if shape is not None and tuple(tensor.shape) != tuple(shape):
+        raise CheckpointError(f"{located(checkpoint, name)} has shape {list(tensor.shape)}; right is {list(shape)}.")
+    return tensor
+
+
+def located(checkpoint: Checkpoint, name: str) -> str:
+    """Return "Tensor 'name' of FILE", for messages."""
+    file_of = getattr(checkpoint, "file_of", None)  # of checkpoints that have several files
+    return f"Tensor {name!r} of {file_of(name) if file_of else checkpoint.spec.path}"
+
+
+# ------------------------------------------------------------------------------------------------ on the fly
+
+
+def linear_weights(model: nn.Module) -> set[str]:
+    """Return the names of a module tree's weights [..., out, in] that its linears, or its stacks of experts, multiply.
+
+    The head is left out, as most sensitive of all and often one with the embedding; so is whatever computes something
+    of its own with a weight.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    skip = {*tied.keys(), *tied.values()}
+    linears = [(path, part) for path, part in model.named_modules() if _is_plain_linear(part) and part is not head]
+    found = {f"{path}.weight" for path, part in linears}
+    for path, part in model.named_modules():
+        found |= {f"{path}.{name}" for name in _stacks_of_experts(part)}
+    return found - skip
+
+
+def _is_plain_linear(part: nn.Module) -> bool:
+    return isinstance(part, nn.Linear) and type(part).forward is nn.Linear.forward
+
+
+def _stacks_of_experts(part: nn.Module) -> list[str]:
+    """transformers marks the classes that multiply with one expert of [experts, out, in] after the other."""
+    if getattr(part, "is_transposed", True) is not False or not hasattr(part, "has_gate"):
+        return []
+    return [name for name, weight in part.named_parameters(recurse=False) if weight.dim() == 3]
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module, quantize: object) -> None:
+    """Put each linear's weight at the place where quantizing it on the fly would, as floats."""
+    assert callable(quantize)
+    for name in sorted(linear_weights(model)):
+        weight = model.get_parameter(name)
+        weight.copy_(quantize(name, weight.detach()))

@@ -1,0 +1,125 @@
+"""Makes GPTQ checkpoints (Frantar et al. 2022): columns are rounded one after the other, and what rounding one of them
+costs is made good, as far as the calibration inputs allow, by those that come after.
+
+For inputs with H = mean x.T @ x, rounding column j with error e moves the columns k > j by -e * U[j, k] / U[j, j],
+where U is the upper Cholesky factor of H's inverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.contracts import QuantizeSettings
+from core.layers import pack_codes, unpack_codes
+from core.quantize.layer import DecoderLayer
+
+BITS, MOST, MIDDLE = 4, 15, 8
+DAMP = 0.01  # of the mean of H's diagonal, added to it
+BLOCK = 128  # columns whose errors are carried on together
+
+
+class GptqQuantizer:
+    """A `core.contracts.Quantizer`: 4 bits, in gptqmodel's v1 packing; symmetric unless asked otherwise."""
+
+    name = "gptq"
+    calibrates = True
+    group_sizes = (-1, 16, 32, 64, 128)
+
+    def __init__(self, settings: QuantizeSettings) -> None:
+        self.group_size = settings.group_size or 128
+        self.symmetric = settings.symmetric is not False
+        self.desc_act = bool(settings.desc_act)
+
+    def quantize_layer(self, layer: DecoderLayer) -> Mapping[str, Mapping[str, Tensor]]:
+        grams = {name: group.gram for group in layer.input_groups() for name in group.names}
+        packable = {
+            name: linear
+            for name, linear in layer.linears.items()
+            if linear.out_features % 8 == 0 and linear.in_features % 8 == 0
+        }
+        return {name: self._packed(linear.weight.data.float(), grams.get(name)) for name, linear in packable.items()}
+
+    def _packed(self, weight: Tensor, gram: Tensor | None) -> Mapping[str, Tensor]:
+        """Quantize a weight [out, in]; a linear that no token of the calibration reached is rounded to nearest."""
+        width = weight.shape[1]
+        size = width if self.group_size == -1 else self.group_size
+        gram = torch.eye(width, device=weight.device) if gram is None else gram.to(weight.device)
+        order = gram.diagonal().argsort(descending=True) if self.desc_act else torch.arange(width, device=weight.device)
+        codes, scales, zeros = _round_columns(weight[:, order], gram[order][:, order], size, self.symmetric)
+        g_idx = torch.empty(width, dtype=torch.int32, device=weight.device)
+        g_idx[order] = (torch.arange(width, device=weight.device) // size).int()
+        in_place = torch.empty_like(codes)
+        in_place[:, order] = codes
+        return {
+            "qweight": pack_codes(in_place, BITS).contiguous().view(torch.int32).T.contiguous(),
+            "qzeros": pack_codes((zeros - 1).T.contiguous(), BITS).contiguous().view(torch.int32),
+            "scales": scales.T.contiguous(),
+            "g_idx": g_idx,
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        codes = unpack_codes(tensors["qweight"].T.contiguous().view(torch.uint8), BITS).float()
+        zeros = unpack_codes(tensors["qzeros"].view(torch.uint8), BITS).float() + 1
+        index = tensors["g_idx"].long()
+        return (codes - zeros.T[:, index]) * tensors["scales"].float().T[:, index]
+
+    def config(self, in_floats: Sequence[str]) -> Mapping[str, Any]:
+        return {
+            "quant_method": "gptq",
+            "bits": BITS,
+            "group_size": self.group_size,
+            "desc_act": self.desc_act,
+            "sym": self.symmetric,
+            "damp_percent": DAMP,
+            "lm_head": False,
+            "checkpoint_format": "gptq",
+            "dynamic": {f"-:{name.replace('.', chr(92) + '.')}": {} for name in in_floats},
+        }
+
+
+def _round_columns(weight: Tensor, gram: Tensor, size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes uint8 [out, in], scales float16 and zeros [out, groups] of a weight whose columns are in order."""
+    weight, width = weight.clone(), weight.shape[1]
+    dead = gram.diagonal() <= 0
+    weight[:, dead] = 0
+    upper = _inverse_factor(gram, dead)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    found: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, width, BLOCK):
+        end = min(start + BLOCK, width)
+        errors = torch.zeros(len(weight), end - start, device=weight.device)
+        for column in range(start, end):
+            if column % size == 0:
+                found.append(_range(weight[:, column : column + size], symmetric))
+            scale, zero = found[-1]
+            code = (weight[:, column] / scale + zero).round().clamp(0, MOST)
+            codes[:, column] = code.to(torch.uint8)
+            error = (weight[:, column] - (code - zero) * scale) / upper[column, column]
+            weight[:, column:end] -= error[:, None] * upper[column, column:end]
+            errors[:, column - start] = error
+        weight[:, end:] -= errors @ upper[start:end, end:]
+    scales, zeros = (torch.stack(values, 1) for values in zip(*found, strict=True))
+    return codes, scales.half(), zeros
+
+
+def _inverse_factor(gram: Tensor, dead: Tensor) -> Tensor:
+    """Return the upper Cholesky factor of the damped matrix's inverse, float32 [in, in]."""
+    damped = gram.double() + torch.diag(dead.double())
+    damped.diagonal().add_(DAMP * damped.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def _range(group: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Return scale (rounded to float16, as it is stored) and zero of a group [out, size]; in v1 no zero is 0."""
+    low, high = group.amin(1).clamp(max=0), group.amax(1).clamp(min=0)
+    if symmetric:
+        most = torch.maximum(-low, high)
+        low, high = -most, most
+    scale = ((high - low) / MOST).clamp(2.0**-24, 65504).half().float()
+    zero = torch.full_like(scale, MIDDLE) if symmetric else (-low / scale).round().clamp(1, MOST)
+    return scale, zero
