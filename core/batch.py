@@ -25,6 +25,7 @@ class Places:
 
     slots: Tensor  # [tokens] int64, where each token's K/V goes: block * block_size + offset
     block_tables: Tensor  # [requests, most blocks] int64; 0 past a request's end and where a block was given back
+    fresh: Tensor | None = None  # [blocks] int64, those whose first slot is written now: what others left is cleared
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 # Methods whose plugin is called otherwise.
 DISTRIBUTIONS = {"int8": "int", "int4": "int", "auto-round": "gptq", "bitsandbytes": "bnb"}
 DISTRIBUTIONS |= {f"bitsandbytes-{kind}": "bnb" for kind in ("nf4", "fp4", "int8")}
+# Formats of files, which nothing is brought into while it is loaded.
+FILE_FORMATS = frozenset({"awq", "gptq", "auto-round", "compressed-tensors", "fp8", "gguf"})
 
 
 def settle_claims(
@@ -50,6 +52,11 @@ def _refuse_unclaimed(spec: ModelSpec, options: EngineConfig) -> None:
     if stated is not None and options.quantization not in (None, _method_name(stated)):
         raise _misfit(spec, str(options.quantization))
     method = options.quantization or _method_name(stated or {})
+    if stated is None and method in FILE_FORMATS:
+        raise ConfigError(
+            f"--quantization {method} is for checkpoints in that format, and {spec.path} is none. Make one with "
+            "`core-serve quantize`, or quantize while it is loaded: --quantization int8."
+        )
     short = DISTRIBUTIONS.get(method, method.replace("_", "-"))
     source = "--quantization asks for" if options.quantization else f"{spec.path} is quantized with"
     raise ConfigError(

@@ -88,7 +88,9 @@ class Runner:
         padded = padded.view(len(tables), width)
         rows = torch.arange(len(tables)).repeat_interleave(counts)
         slots = padded[rows, positions // self.block_size] * self.block_size + positions % self.block_size
-        return Places(slots.to(self.device), padded.to(self.device))
+        begun = slots[positions % self.block_size == 0] // self.block_size
+        fresh = begun.to(self.device) if len(begun) else None
+        return Places(slots.to(self.device), padded.to(self.device), fresh)
 
 
 def _logit_rows(

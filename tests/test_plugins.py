@@ -322,6 +322,11 @@ def test_a_quantization_asked_for_that_nobody_takes_is_an_error():
         without_installed().quant_method(SPEC, EngineConfig(quantization="int3"))
 
 
+def test_a_format_of_files_that_the_checkpoint_is_not_in_is_an_error():
+    with pytest.raises(ConfigError, match=r"--quantization awq is for checkpoints in that format, and /models/tiny is"):
+        without_installed().quant_method(SPEC, EngineConfig(quantization="awq"))
+
+
 @pytest.mark.parametrize("plugins", [{}, {"int": claims("int8", on_the_fly=True)}], ids=["nobody", "on the fly"])
 def test_a_quantization_that_does_not_fit_the_checkpoints_own_is_an_error(plugins):
     host = without_installed(**plugins)

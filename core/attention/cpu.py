@@ -89,7 +89,7 @@ class CpuAttention:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, args: AttentionArgs) -> Tensor:
         spec, plan = self.cache.specs[layer], self._plan
         check_call(self.name, self.honours, spec, q, k, v, args)
-        self.cache.write(layer, plan.batch.places(spec.reach).slots, k, v)
+        self.cache.write(layer, plan.batch.places(spec.reach), k, v)
         if not plan.prefill_rows:
             return self._decode(q, layer, args)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[-1])

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.batch import Places
 from core.contracts import AttentionArgs, KVSpec
 from core.errors import UnsupportedAttention
 from core.reach import Reach
@@ -37,9 +38,15 @@ class PagedCache:
     def _memory(self, spec: KVSpec, num_blocks: int, dim: int) -> Tensor:
         return lazy_zeros((num_blocks, self.block_size, spec.num_kv_heads, dim), spec.dtype, spec.device)
 
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store k [tokens, kv_heads, k_dim] and v at `slots` [tokens]."""
-        keys, values = self.keys[layer], self.values[layer]
+    def write(self, layer: int, places: Places, k: Tensor, v: Tensor) -> None:
+        """Store k [tokens, kv_heads, k_dim] and v [tokens, kv_heads, v_dim].
+
+        Blocks are cleared as they are begun: a masked slot counts nothing, but nothing times NaN is NaN.
+        """
+        keys, values, slots = self.keys[layer], self.values[layer], places.slots
+        if places.fresh is not None:
+            keys.index_fill_(0, places.fresh, 0)
+            values.index_fill_(0, places.fresh, 0)
         keys.view(-1, *keys.shape[2:]).index_copy_(0, slots, k.to(keys.dtype))
         values.view(-1, *values.shape[2:]).index_copy_(0, slots, v.to(values.dtype))
 

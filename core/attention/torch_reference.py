@@ -27,7 +27,7 @@ class TorchReferenceAttention:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, args: AttentionArgs) -> Tensor:
         check_call(self.name, self.honours, self.cache.specs[layer], q, k, v, args)
-        self.cache.write(layer, self.batch.places(self.cache.specs[layer].reach).slots, k, v)
+        self.cache.write(layer, self.batch.places(self.cache.specs[layer].reach), k, v)
         starts = self.batch.query_starts
         parts = [self._attend_one(q[start:end], row, layer, args) for row, (start, end) in enumerate(pairwise(starts))]
         return torch.cat(parts)

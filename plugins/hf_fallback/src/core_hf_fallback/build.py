@@ -66,11 +66,15 @@ class Loaded:
 
     def plain_logits(self, ids: Tensor) -> Tensor:
         """ids [texts, tokens] -> logits [texts, tokens, vocab]."""
-        parameters = inspect.signature(self.module.forward).parameters
-        positions = {"position_ids": torch.arange(ids.shape[1]).expand_as(ids)} if "position_ids" in parameters else {}
-        device = next(self.module.parameters()).device
-        ids, positions = ids.to(device), {name: value.to(device) for name, value in positions.items()}
-        return logits_of(self.module(input_ids=ids, use_cache=False, **positions)).cpu()
+        ids = ids.to(next(self.module.parameters()).device)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        if "position_ids" in inspect.signature(self.module.forward).parameters:
+            try:
+                return logits_of(self.module(input_ids=ids, use_cache=False, position_ids=positions)).cpu()
+            except Exception as error:  # the model's code: some modules take positions of certain lengths only
+                if is_ours(error, self.module):
+                    raise
+        return logits_of(self.module(input_ids=ids, use_cache=False)).cpu()
 
     def restore_attention(self) -> None:
         for config in configs_of(self.module):
