@@ -17,6 +17,8 @@ from core.spec import ModelSpec
 
 def load_module(checkpoint: Checkpoint, context: BuildContext) -> nn.Module:
     """Return the model in eval mode. Raises CheckpointError naming every missing, left-over or misshapen tensor."""
+    if context.quant_method is not None:
+        import core_hf_fallback.quantized  # noqa: F401 - two threads that import transformers at once find half of it
     try:
         with ThreadPoolExecutor(1) as reader:
             # Decoding a file takes a second, and so does importing transformers: they go side by side.
