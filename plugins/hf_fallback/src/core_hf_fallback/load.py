@@ -24,6 +24,8 @@ def load_module(checkpoint: Checkpoint, context: BuildContext) -> nn.Module:
     if context.quant_method is not None and by_transformers(context.quant_method):
         logger.info("%s: transformers' own quantized layers, as its library runs them", context.quant_method.name)
         context = replace(context, quant_method=None)
+    if context.quant_method is not None:
+        import core_hf_fallback.quantized  # noqa: F401 - two threads that import transformers at once find half of it
     try:
         with ThreadPoolExecutor(1) as reader:
             # Decoding a file takes a second, and so does importing transformers: they go side by side.
