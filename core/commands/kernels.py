@@ -27,10 +27,11 @@ def kernels() -> None:
 @kernels.command("compile", short_help="Compile every kernel for GPUs that need not be here.")
 @click.option("--targets", default=DEFAULT_TARGETS, show_default=True, metavar="A,B", help="GPU architectures.")
 @click.option("--kernels", "names", default="", metavar="A,B", help="Only these kernels. Default: all.")
+@click.option("--models", "shapes", default="", metavar="A,B", help="Only these models' shapes. Default: all.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Variants compiled at a time.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def compile_kernels(targets: str, names: str, dtype: str, jobs: int, as_json: bool) -> int:
+def compile_kernels(targets: str, names: str, shapes: str, dtype: str, jobs: int, as_json: bool) -> int:
     """Compile every kernel variant that the engine can pick for a list of well-known models, for every target.
 
     Prints registers, spills, shared memory, tensor-core instructions and 16-byte loads. Ends with exit code 1 if a
@@ -42,13 +43,15 @@ def compile_kernels(targets: str, names: str, dtype: str, jobs: int, as_json: bo
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ConfigError("Kernels cannot be compiled with TRITON_INTERPRET=1 in the environment; unset it.")
     from core.kernels.chip import TARGETS
-    from core.kernels.survey import survey, variants
+    from core.kernels.model_shapes import MODELS
+    from core.kernels.survey import Selection, survey, variants
 
-    asked, only = _split(targets), _split(names)
-    _check("target", asked, TARGETS)
-    _check("kernel", only, {variant.kernel for target in asked for variant in variants(target, dtype)})
+    asked = Selection(_split(targets), dtype, _split(names), _split(shapes))
+    _check("target", asked.targets, TARGETS)
+    _check("model", asked.models, [model.name for model in MODELS])
+    _check("kernel", asked.kernels, {one.kernel for target in asked.targets for one in variants(target, dtype)})
     found = []
-    for finding in survey(asked, dtype, only, jobs):
+    for finding in survey(asked, jobs):
         found.append(finding)
         if not as_json:
             click.echo(_line(finding))
@@ -60,8 +63,8 @@ def compile_kernels(targets: str, names: str, dtype: str, jobs: int, as_json: bo
     return int(bad > 0)
 
 
-def _split(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()]
+def _split(names: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in names.split(",") if name.strip())
 
 
 def _check(kind: str, names: Iterable[str], known: Iterable[str]) -> None:

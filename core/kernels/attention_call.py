@@ -30,7 +30,7 @@ class Tile:
 # 64), "float32" runs without tensor cores, since their tf32 would not be float32.
 PREFILL = {
     "half": (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 16, 4, 1)),
-    "amd": (Tile(128, 64, 4, 1), Tile(128, 64, 4, 1), Tile(64, 32, 4, 1), Tile(16, 16, 4, 1)),
+    "amd": (Tile(128, 64, 8, 1), Tile(64, 64, 4, 1), Tile(64, 32, 8, 1), Tile(32, 16, 4, 1)),
     "float32": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
 DECODE = {
@@ -143,7 +143,6 @@ def attention_constants(
         "WINDOW": args.window is not None,
         "CHUNK": args.chunk is not None,
         "SOFTCAP": capped,
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "WIDEN": chip.interpreted,
     }
 

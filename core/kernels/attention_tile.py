@@ -98,7 +98,6 @@ def attend_keys(
     V_REST: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr,
-    PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> tl.tensor:
     """Return acc, acc_rest, peak, total after the keys [start, end)."""
@@ -109,10 +108,10 @@ def attend_keys(
         offset = at % BLOCK_SIZE
         k_rows = block * keys_block + offset * keys_slot
         k = load_part(keys, k_rows, there, K_DIM, 0, K_MAIN).to(q.dtype)
-        scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32), PRECISION, WIDEN)
+        scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32), WIDEN)
         if K_REST > 0:
             k_rest = load_part(keys, k_rows, there, K_DIM, K_MAIN, K_REST).to(q.dtype)
-            scores = dot(q_rest, tl.trans(k_rest), scores, PRECISION, WIDEN)
+            scores = dot(q_rest, tl.trans(k_rest), scores, WIDEN)
         scores *= scale
         if SOFTCAP:
             scores = tanh(scores) * cap
@@ -129,8 +128,8 @@ def attend_keys(
         v_rows = block * values_block + offset * values_slot
         v = load_part(values, v_rows, there, V_DIM, 0, V_MAIN).to(q.dtype)
         weights = rounded(weights, q.dtype, WIDEN)
-        acc = dot(weights, v, acc * shrink[:, None], PRECISION, WIDEN)
+        acc = dot(weights, v, acc * shrink[:, None], WIDEN)
         if V_REST > 0:
             v_rest = load_part(values, v_rows, there, V_DIM, V_MAIN, V_REST).to(q.dtype)
-            acc_rest = dot(weights, v_rest, acc_rest * shrink[:, None], PRECISION, WIDEN)
+            acc_rest = dot(weights, v_rest, acc_rest * shrink[:, None], WIDEN)
     return acc, acc_rest, peak, total

@@ -45,13 +45,13 @@ def dequant_matmul_kernel(
     codes_row: tl.tensor,
     groups: tl.tensor,
     columns: tl.tensor,
+    bytes_: tl.tensor,
     out: tl.tensor,
     group: tl.tensor,
     BITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -66,7 +66,7 @@ def dequant_matmul_kernel(
         )
         if BITS == 4:
             pair = start // 2 + tl.arange(0, BLOCK_K // 2)
-            there = (n < out)[:, None] & (pair < columns // 2)[None, :]
+            there = (n < out)[:, None] & (pair < bytes_)[None, :]
             two = tl.load(codes + n.to(tl.int64)[:, None] * codes_row + pair[None, :], mask=there, other=0)
             code = tl.interleave(two & 15, two >> 4).to(tl.float32)
         else:
@@ -77,7 +77,7 @@ def dequant_matmul_kernel(
         weight = code * group_column(scales, n, n < out, groups, start // group)
         if offsets is not None:
             weight += group_column(offsets, n, n < out, groups, start // group)
-        acc = dot(part, tl.trans(rounded(weight, x.dtype.element_ty, WIDEN)), acc, PRECISION, WIDEN)
+        acc = dot(part, tl.trans(rounded(weight, x.dtype.element_ty, WIDEN)), acc, WIDEN)
     if bias is not None:
         acc += tl.load(bias + n, mask=n < out, other=0.0).to(tl.float32)[None, :]
     target = y + m.to(tl.int64)[:, None] * y_row + n[None, :]
@@ -116,7 +116,8 @@ def dequant_matmul(
         check(NAME, "bias", bias, (outputs,), FLOATS, x, dense=True)
     chip = chip or chip_of(x)
     half = x.element_size() == 2
-    block_m = 16 if rows <= 16 else 64 if half else 32
+    few = rows <= 16
+    block_m = 16 if few else 64 if half else 32
     args = {
         "x": x,
         "codes": codes,
@@ -131,14 +132,15 @@ def dequant_matmul(
         "codes_row": codes.stride(0),
         "groups": groups,
         "columns": size,
+        "bytes_": size * bits // 8,  # of a row; an argument, so that the compiler knows what divides it
         "out": outputs,
         "BITS": bits,
         "group": group,
         "BLOCK_M": block_m,
-        "BLOCK_N": 64 if half else 32,
+        "BLOCK_N": 32 if not half else 128 if few else 64,
         "BLOCK_K": 64 if groups == 1 or group % 64 == 0 else 32,
-        "PRECISION": "tf32" if half else "ieee",
         "WIDEN": chip.interpreted,
     }
     grid = (-(-outputs // args["BLOCK_N"]), -(-rows // block_m))
-    chip.run(Launch(dequant_matmul_kernel, grid, args, 4, 3, uses_tensor_cores=half))
+    warps = 2 if few and chip.target.backend == "hip" else 4
+    chip.run(Launch(dequant_matmul_kernel, grid, args, warps, 3, uses_tensor_cores=half))

@@ -45,7 +45,6 @@ def grouped_matmul_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
     tile = tl.program_id(1)
@@ -71,7 +70,7 @@ def grouped_matmul_kernel(
             part = tl.load(x + row.to(tl.int64)[:, None] * x_row + k[None, :], mask=there, other=0.0)
             there = (n < out)[:, None] & (k < columns)[None, :]
             w = tl.load(weight + n.to(tl.int64)[:, None] * weights_row + k[None, :], mask=there, other=0.0)
-            acc = dot(part, tl.trans(w), acc, PRECISION, WIDEN)
+            acc = dot(part, tl.trans(w), acc, WIDEN)
         if bias is not None:
             acc += tl.load(bias + expert * out + n, mask=n < out, other=0.0).to(tl.float32)[None, :]
         target = y + m.to(tl.int64)[:, None] * y_row + n[None, :]
@@ -120,7 +119,6 @@ def grouped_matmul(
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": 64 if half else 32,
-        "PRECISION": "tf32" if half else "ieee",
         "WIDEN": chip.interpreted,
     }
     most_tiles = min(rows, rows // block_m + experts)

@@ -104,4 +104,5 @@ def merge_splits(
         "STEP": STEP,
         "WIDEN": chip.interpreted,
     }
-    chip.run(Launch(merge_splits_kernel, (count, heads), args))
+    warps = max(1, min(4, STEP * pow2(v_dim) // 4 // chip.target.warp_size))
+    chip.run(Launch(merge_splits_kernel, (count, heads), args, warps))

@@ -11,12 +11,15 @@ import triton.language as tl
 
 
 @triton.jit
-def dot(a: tl.tensor, b: tl.tensor, total: tl.tensor, PRECISION: tl.constexpr, WIDEN: tl.constexpr) -> tl.tensor:
-    """total + a @ b; a [m, k], b [k, n], total [m, n] float32."""
+def dot(a: tl.tensor, b: tl.tensor, total: tl.tensor, WIDEN: tl.constexpr) -> tl.tensor:
+    """total + a @ b; a [m, k], b [k, n], total [m, n] float32.
+
+    "ieee" makes float32 stay float32, without tensor cores (tf32 has 10 bits); half types use them all the same.
+    """
     if WIDEN:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision=PRECISION)
+    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit

@@ -77,7 +77,6 @@ def paged_decode_kernel(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
     row = tl.program_id(0)
@@ -143,7 +142,6 @@ def paged_decode_kernel(
         V_REST,
         SOFTCAP,
         slopes is not None,
-        PRECISION,
         WIDEN,
     )
     some = tl.where(total > 0, total, 1.0)

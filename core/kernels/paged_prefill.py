@@ -76,7 +76,6 @@ def paged_prefill_kernel(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
     request = tl.load(tiles + tl.program_id(0) * 2)
@@ -147,7 +146,6 @@ def paged_prefill_kernel(
         V_REST,
         SOFTCAP,
         slopes is not None,
-        PRECISION,
         WIDEN,
     )
     share = 1.0 / tl.where(total > 0, total, 1.0)

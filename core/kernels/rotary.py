@@ -21,7 +21,7 @@ from core.kernels.chip import Chip, Launch, chip_of
 from core.kernels.numbers import rounded
 
 NAME = "rotary"
-ELEMENTS = 1024  # of a program
+PAIRS = 1024  # of a program, so that a thread loads 16 bytes of each half
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -84,7 +84,8 @@ def rotary(
         NAME, 0 < 2 * half <= dim, f"cos has {half} columns, so {2 * half} of a head's {dim} dimensions would turn."
     )
     chip = chip or chip_of(x)
-    heads = min(pow2(count), max(1, ELEMENTS // pow2(dim)))
+    heads = min(pow2(count), max(1, PAIRS // pow2(half)), max(1, 16 * PAIRS // pow2(dim)))
+    warps = max(1, min(128, heads * pow2(half) // 8) // chip.target.warp_size)
     args = {
         "x": x,
         "cos": cos,
@@ -104,4 +105,4 @@ def rotary(
         "INTERLEAVED": interleaved,
         "WIDEN": chip.interpreted,
     }
-    chip.run(Launch(rotary_kernel, (tokens, -(-count // heads)), args, num_warps=128 // chip.target.warp_size))
+    chip.run(Launch(rotary_kernel, (tokens, -(-count // heads)), args, num_warps=warps))

@@ -103,6 +103,8 @@ def sample_kernel(
     top = key_of(best).to(tl.int64)
     chosen = top  # the key of the token, and which of its equals
     nth = tl.zeros([], tl.int32)
+    count = tl.zeros([], tl.int32)
+    reached = tl.zeros([], tl.float64)
     if temperature > 0:
         cold = (1.0 / tl.maximum(temperature, 1e-6)).to(tl.float32)
         edge = bottom  # all keys above `edge` are kept, and the first `equals` of those at it
@@ -112,13 +114,13 @@ def sample_kernel(
             high = top
             while edge < high:
                 middle = edge + (high - edge + 1) // 2
-                count, _ = from_key(row, middle, best, cold, 0.0, vocab, BLOCK)
+                count, reached = from_key(row, middle, best, cold, 0.0, vocab, BLOCK)
                 if count >= k:
                     edge = middle
                 else:
                     high = middle - 1
         above, mass_above = from_key(row, edge + 1, best, cold, 0.0, vocab, BLOCK)
-        count, _ = from_key(row, edge, best, cold, 0.0, vocab, BLOCK)
+        count, reached = from_key(row, edge, best, cold, 0.0, vocab, BLOCK)
         equals = tl.minimum(count, k) - above
         mass = mass_above + equals.to(tl.float64) * tl.exp((value_of(edge) - best) * cold).to(tl.float64)
         if top_p < 1:
@@ -127,13 +129,13 @@ def sample_kernel(
             low = edge
             while low < high:
                 middle = low + (high - low + 1) // 2
-                _, reached = from_key(row, middle, best, cold, 0.0, vocab, BLOCK)
+                count, reached = from_key(row, middle, best, cold, 0.0, vocab, BLOCK)
                 if reached >= goal:
                     low = middle
                 else:
                     high = middle - 1
             above, mass_above = from_key(row, low + 1, best, cold, 0.0, vocab, BLOCK)
-            count, _ = from_key(row, low, best, cold, 0.0, vocab, BLOCK)
+            count, reached = from_key(row, low, best, cold, 0.0, vocab, BLOCK)
             weight = tl.exp((value_of(low) - best) * cold).to(tl.float64)
             wanted = tl.ceil((goal - mass_above) / tl.maximum(weight, 1e-300))
             ties = tl.minimum(tl.maximum(wanted, 1.0), (count - above).to(tl.float64)).to(tl.int32)
@@ -143,7 +145,7 @@ def sample_kernel(
             equals = ties
         weight = tl.exp((value_of(edge) - best) * cold)
         at_edge = tl.where(weight >= least, equals.to(tl.float64) * weight.to(tl.float64), 0.0)
-        _, mass_above = from_key(row, edge + 1, best, cold, least, vocab, BLOCK)
+        count, mass_above = from_key(row, edge + 1, best, cold, least, vocab, BLOCK)
         goal = uniform * (mass_above + at_edge)
         chosen = edge
         before = mass_above
@@ -152,13 +154,13 @@ def sample_kernel(
             chosen = edge + 1
             while chosen < high:
                 middle = chosen + (high - chosen + 1) // 2
-                _, reached = from_key(row, middle, best, cold, least, vocab, BLOCK)
+                count, reached = from_key(row, middle, best, cold, least, vocab, BLOCK)
                 if reached > goal:
                     chosen = middle
                 else:
                     high = middle - 1
             above, before = from_key(row, chosen + 1, best, cold, least, vocab, BLOCK)
-            count, _ = from_key(row, chosen, best, cold, least, vocab, BLOCK)
+            count, reached = from_key(row, chosen, best, cold, least, vocab, BLOCK)
             equals = count - above
         weight = tl.exp((value_of(chosen) - best) * cold).to(tl.float64)
         index = tl.floor((goal - before) / tl.maximum(weight, 1e-300))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -38,17 +38,17 @@ class Finding:
 
 
 @cache
-def variants(target: str, dtype: str) -> tuple[Variant, ...]:
-    """Return what the models launch on a chip, each variant once."""
+def variants(target: str, dtype: str, models: tuple[str, ...] = ()) -> tuple[Variant, ...]:
+    """Return what the models (all, if empty) launch on a chip, each variant once."""
     found: dict[tuple[object, ...], tuple[Launch, list[str]]] = {}
-    for model in MODELS:
+    for model in [model for model in MODELS if not models or model.name in models]:
         for launch in launches_of(model, getattr(torch, dtype), TARGETS[target]):
-            _, models = found.setdefault(tuple(key_of(launch).values()), (launch, []))
-            if model.name not in models:
-                models.append(model.name)
+            _, users = found.setdefault(tuple(key_of(launch).values()), (launch, []))
+            if model.name not in users:
+                users.append(model.name)
     return tuple(
-        Variant(launch.kernel.__name__.removesuffix("_kernel"), describe(launch), tuple(models), launch)
-        for launch, models in found.values()
+        Variant(launch.kernel.__name__.removesuffix("_kernel"), describe(launch), tuple(users), launch)
+        for launch, users in found.values()
     )
 
 
@@ -97,9 +97,9 @@ def problems_of(launch: Launch, compiled: Compiled, target: Target) -> tuple[str
     return tuple(found)
 
 
-def compile_variant(target: str, dtype: str, index: int) -> Finding:
+def compile_variant(target: str, dtype: str, models: tuple[str, ...], index: int) -> Finding:
     """Compile the variant of this index; a failure is a finding."""
-    variant = variants(target, dtype)[index]
+    variant = variants(target, dtype, models)[index]
     compiled = None
     try:
         compiled = compile_launch(variant.launch, TARGETS[target])
@@ -109,13 +109,23 @@ def compile_variant(target: str, dtype: str, index: int) -> Finding:
     return Finding(target, variant.kernel, variant.what, variant.models, compiled, problems)
 
 
-def survey(targets: Sequence[str], dtype: str, kernels: Sequence[str], jobs: int) -> Iterator[Finding]:
-    """Compile every variant of `kernels` (all, if empty) for every target, `jobs` at a time, in order."""
+@dataclass(frozen=True)
+class Selection:
+    """What to compile."""
+
+    targets: tuple[str, ...]
+    dtype: str = "bfloat16"
+    kernels: tuple[str, ...] = ()  # none: all
+    models: tuple[str, ...] = ()  # none: all
+
+
+def survey(asked: Selection, jobs: int = 1) -> Iterator[Finding]:
+    """Compile every variant that is asked for, `jobs` at a time, in order."""
     work = [
-        (target, dtype, index)
-        for target in targets
-        for index, variant in enumerate(variants(target, dtype))
-        if not kernels or variant.kernel in kernels
+        (target, asked.dtype, asked.models, index)
+        for target in asked.targets
+        for index, variant in enumerate(variants(target, asked.dtype, asked.models))
+        if not asked.kernels or variant.kernel in asked.kernels
     ]
     if jobs == 1:
         yield from (compile_variant(*one) for one in work)

@@ -108,4 +108,5 @@ def write_kv(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, 
         "V_PAD": pow2(v_dim),
         "WIDEN": chip.interpreted,
     }
-    chip.run(Launch(write_kv_kernel, (tokens, -(-kv_heads // heads)), args))
+    warps = max(1, min(ELEMENTS, heads * widest) // 8 // chip.target.warp_size)
+    chip.run(Launch(write_kv_kernel, (tokens, -(-kv_heads // heads)), args, warps))
