@@ -96,3 +96,21 @@ def test_a_head_tied_to_a_quantized_embedding_shares_its_bytes():
     pack_linears(model, kinds=(Head,), kernels=HalvesAndCodes())
     assert model[1].kernel is not None
     assert model[1].weight.parts["codes"].data_ptr() == model[0].weight.parts["codes"].data_ptr()
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_a_float_head_that_an_embedding_shares_is_not_copied_in_a_quantized_model(rows):
+    codes, scales = torch.randint(0, 256, (16, 8), dtype=torch.uint8), torch.rand(16, 1)
+    small = AffineTensor({"codes": codes, "scales": scales}, 16, torch.float32, bits=4, group_size=16)
+    model = nn.ModuleDict({"embedding": nn.Embedding(50, 16), "small": nn.Linear(16, 16), "head": nn.Linear(16, 50)})
+    model["small"].weight = nn.Parameter(small, requires_grad=False)
+    model["head"].weight = model["embedding"].weight
+    x = torch.randn(2, rows, 16)
+    with torch.inference_mode():
+        wanted = model["head"](x)
+        pack_linears(model, kinds=(nn.Linear,))
+        assert model["head"].weight is model["embedding"].weight
+        torch.testing.assert_close(model["head"](x), wanted)
+    unpack_linears(model)
+    assert type(model["head"]) is nn.Linear and model["head"].weight is model["embedding"].weight

@@ -193,6 +193,26 @@ class KernelLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.weight.dtype}, kernel"
 
 
+class SharedLinear(nn.Module):
+    """A linear over a float weight that an embedding holds too, as it lies: a second copy would double it.
+
+    For several rows it multiplies from the left, which torch does up to four times faster than x @ weight.T.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if len(rows) == 1:
+            return F.linear(x, self.weight, self.bias)
+        out = (self.weight @ rows.T).T.reshape(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias
+
+
 def rounded_rows(rows: int) -> int:
     """Round up to one of eight sizes between powers of two: 16, 18, 20 ... 32, 36 ...
 
@@ -245,19 +265,34 @@ def pack_linears(
     Subclasses are left alone, since they may compute something else.
     """
     packed: dict[int, nn.Module] = {}
+    shared = _embedded(model, kinds)
     # The list must not hold the linears themselves: each one's plain weight is to go before the next is packed.
     for parent in [part for part in model.modules() if type(part) not in kinds]:
         for name, child in list(parent.named_children()):
             if type(child) not in kinds or (only is not None and child not in only):
                 continue
             if id(child) not in packed:
-                packed[id(child)] = pack(child, kernels)
+                packed[id(child)] = _shared(child) if id(child.weight) in shared else pack(child, kernels)
             if packed[id(child)] is not child:
                 setattr(parent, name, packed[id(child)])
     return sum(isinstance(layer, _PACKED) for layer in packed.values())
 
 
-_PACKED = (PackedLinear, KernelLinear, QuantizedLinear)
+_PACKED = (PackedLinear, KernelLinear, QuantizedLinear, SharedLinear)
+
+
+def _embedded(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[int]:
+    """Ids of the float weights that linears share with others in a model that is quantized to be small."""
+    held = [(part, weight) for part in model.modules() for weight in part._parameters.values() if weight is not None]
+    if not any(isinstance(weight, QuantizedTensor) for _, weight in held):
+        return set()
+    return {id(w) for part, w in held if type(part) not in kinds and not isinstance(w, QuantizedTensor) and can_pack(w)}
+
+
+def _shared(layer: nn.Module) -> nn.Module:
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+    return SharedLinear(weight, bias)
 
 
 def unpack_linears(model: nn.Module) -> None:
