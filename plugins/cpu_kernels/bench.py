@@ -15,11 +15,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from core_cpu_kernels.kernels import CpuKernels
 from torch import Tensor
 
 from core.layers import AffineTensor, QuantizedTensor, TableTensor
 from core.layers.linear import PackedLinear
+from core_cpu_kernels.kernels import CpuKernels
 
 SHAPES = ("1536x576", "576x1536", "49152x576", "8192x2048")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
@@ -63,13 +63,18 @@ def affine(bits: int, out: int, size: int, group: int) -> AffineTensor:
 
 
 def table(out: int, size: int, group: int) -> TableTensor:
-    parts = {"codes": torch.randint(0, 256, (out, size // 2), dtype=torch.uint8), "scales": torch.rand(out, size // group)}
+    parts = {
+        "codes": torch.randint(0, 256, (out, size // 2), dtype=torch.uint8),
+        "scales": torch.rand(out, size // group),
+    }
     return TableTensor(parts, size, torch.float32, group_size=group, table=tuple(torch.linspace(-1, 1, 16).tolist()))
 
 
 def blocks(kind: str, size_bytes: int, columns: int, out: int, size: int) -> QuantizedTensor:
     """Zeros: the time does not depend on what the blocks say."""
-    return Blocks({"blocks": torch.zeros(out, size // columns * size_bytes, dtype=torch.uint8)}, size, torch.float32, kind=kind)
+    return Blocks(
+        {"blocks": torch.zeros(out, size // columns * size_bytes, dtype=torch.uint8)}, size, torch.float32, kind=kind
+    )
 
 
 class Blocks(QuantizedTensor):
@@ -147,7 +152,9 @@ def main() -> None:
         clock = time.thread_time
     kernels, rows = CpuKernels(options.isa), options.rows or ROWS
     bandwidth, flops = read_bandwidth(), sgemm_flops()
-    print(f"{kernels.name}, {options.threads} threads; reading {bandwidth / 1e9:.1f} GB/s, sgemm {flops / 1e9:.0f} GFLOP/s")
+    print(
+        f"{kernels.name}, {options.threads} threads; reading {bandwidth / 1e9:.1f} GB/s, sgemm {flops / 1e9:.0f} GFLOP/s"
+    )
     for shape in options.shape or SHAPES:
         out, size = (int(part) for part in shape.split("x"))
         print(f"\n{shape:22}" + "".join(f"{count:>9}" for count in rows) + "   rows")
