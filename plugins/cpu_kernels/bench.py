@@ -2,8 +2,8 @@
 
     python plugins/cpu_kernels/bench.py [--shape 1536x576]... [--isa avx2] [--threads 2] [--only affine4]
 
-A shape is out x in. Milliseconds, the best of several rounds; each call takes another copy of the weight, as a model does,
-so that it comes from memory rather than from the cache, unless all copies together fit there (`--copies 1` for that).
+A shape is out x in. Milliseconds, the tenth percentile of calls; with one thread its own time, otherwise the clock's.
+Each call takes another copy of the weight, as a model does, so that it comes from memory (`--copies 1`: the cache).
 """
 
 from __future__ import annotations
@@ -152,9 +152,8 @@ def main() -> None:
         clock = time.thread_time
     kernels, rows = CpuKernels(options.isa), options.rows or ROWS
     bandwidth, flops = read_bandwidth(), sgemm_flops()
-    print(
-        f"{kernels.name}, {options.threads} threads; reading {bandwidth / 1e9:.1f} GB/s, sgemm {flops / 1e9:.0f} GFLOP/s"
-    )
+    print(f"{kernels.name}, {options.threads} threads", end="; ")
+    print(f"reading {bandwidth / 1e9:.1f} GB/s, sgemm {flops / 1e9:.0f} GFLOP/s")
     for shape in options.shape or SHAPES:
         out, size = (int(part) for part in shape.split("x"))
         print(f"\n{shape:22}" + "".join(f"{count:>9}" for count in rows) + "   rows")

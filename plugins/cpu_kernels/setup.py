@@ -1,4 +1,4 @@
-"""Compile the kernels: one file for each instruction set, with that set's own compiler flags. The rest is pyproject.toml."""
+"""Compile the kernels: a file for each instruction set, with that set's compiler flags. The rest is pyproject.toml."""
 
 import platform
 import sys
