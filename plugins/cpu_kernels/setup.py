@@ -1,4 +1,4 @@
-"""Compile the kernels: one file for each instruction set, with that set's own compiler flags. The rest is pyproject.toml."""
+"""Compile the kernels: a file for each instruction set, with that set's compiler flags. The rest is pyproject.toml."""
 
 import platform
 import sys
@@ -8,7 +8,9 @@ from setuptools.command.build_ext import build_ext
 
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
 FLAGS = ["-O2", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wall"]
-FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"] if sys.platform.startswith("linux") else []  # GCC's own AVX-512 headers
+FLAGS += (
+    ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi"] if sys.platform.startswith("linux") else []
+)  # GCC's own AVX-512 headers
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 SOURCES = {"csrc/library.cpp": [], "csrc/plain.cpp": []}

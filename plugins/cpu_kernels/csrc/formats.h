@@ -75,7 +75,7 @@ template <int BITS, int I> INLINE VF code_in_place(VI words) {
 template <int BITS, bool TABLE> struct Words {
     static constexpr int VECTORS = 32 / BITS, PARTS = 1, SEGMENT = W * VECTORS;
     static constexpr bool SCALED = true, OFFSET = !TABLE;
-    static constexpr int FEW = FEW_ROWS;
+    static constexpr int FEW = BITS == 4 ? 2 : FEW_ROWS;  // four bits take more registers
     static constexpr bool IN_PLACE = !TABLE;
 
     const Weight& weight;

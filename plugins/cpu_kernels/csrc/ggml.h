@@ -21,7 +21,7 @@ inline float half_at(const uint8_t* p) {
 // HEAD 2: d, 16 bytes (Q4_0: d * (code - 8); IQ4_NL: d * value of the code); HEAD 4: d, m, 16 bytes (Q4_1: d * code + m).
 // The low half of byte j is column j, the high half column j + 16.
 template <int HEAD, bool TABLE> struct Nibbles {
-    static constexpr int VECTORS = 8, PARTS = 1, SEGMENT = 32 * BLOCKS, SIZE = HEAD + 16, FEW = FEW_ROWS;
+    static constexpr int VECTORS = 8, PARTS = 1, SEGMENT = 32 * BLOCKS, SIZE = HEAD + 16, FEW = 2;
     static constexpr bool SCALED = true, OFFSET = !TABLE, IN_PLACE = !TABLE;
 
     const Weight& weight;

@@ -93,15 +93,40 @@ inline float* worker_memory(int64_t floats) {
     return memory.at;
 }
 
+// Rows n to n + COLUMNS of the weight. Those that come next are made ready meanwhile: scales that are read right after they
+// were written would wait for their way through the store buffer.
+template <class Format> struct RowsAhead {
+    const Format& format;
+    const int64_t last, floats;
+    float* memory;
+    typename Format::Row rows[2][COLUMNS];
+    int now = 0;
+
+    RowsAhead(const Format& format, int64_t first, int64_t last) : format(format), last(last), floats(format.row_floats()) {
+        memory = worker_memory(2 * COLUMNS * floats);
+        fill(first);
+    }
+    void fill(int64_t n) {
+        for (int c = 0; c < COLUMNS; c++)
+            rows[now][c] = format.row(std::min(n + c, last - 1), memory + (now * COLUMNS + c) * floats);
+    }
+    INLINE void next(int64_t n, typename Format::Row* row) {
+        unrolled<COLUMNS>([&](auto c) { row[c] = rows[now][c]; });
+        now = 1 - now;
+        if (n + COLUMNS < last) fill(n + COLUMNS);
+    }
+};
+
 // -------------------------------------------------------------------------------------------------- one row
 
 template <class Format> void one_row(const Plan& plan, const Call& call, int64_t first, int64_t last) {
     const Format format(plan);
-    float* memory = worker_memory(COLUMNS * format.row_floats());
+    RowsAhead<Format> ahead(format, first, last);
     for (int64_t n = first; n < last; n += COLUMNS) {
         VF total[COLUMNS];
         typename Format::Row row[COLUMNS];
-        unrolled<COLUMNS>([&](auto c) { total[c] = zero(), row[c] = format.row(std::min(n + c, last - 1), memory + c * format.row_floats()); });
+        ahead.next(n, row);
+        unrolled<COLUMNS>([&](auto c) { total[c] = zero(); });
         for (int64_t s = 0; s < plan.segments; s++) {
             const float* x = call.x + s * Format::VECTORS * W;
             const float* x_sum = Format::OFFSET ? call.x_sum + s * Format::PARTS * W : nullptr;
@@ -139,11 +164,11 @@ template <int I, class Format, class Segment> INLINE VF decoded(const Format& fo
 
 template <class Format, int ROWS> void few_rows(const Plan& plan, const Call& call, int64_t first, int64_t last) {
     const Format format(plan);
-    float* memory = worker_memory(COLUMNS * format.row_floats());
+    RowsAhead<Format> ahead(format, first, last);
     for (int64_t n = first; n < last; n += COLUMNS) {
         VF total[ROWS][COLUMNS];
         typename Format::Row row[COLUMNS];
-        unrolled<COLUMNS>([&](auto c) { row[c] = format.row(std::min(n + c, last - 1), memory + c * format.row_floats()); });
+        ahead.next(n, row);
         unrolled<ROWS * COLUMNS>([&](auto i) { total[i / COLUMNS][i % COLUMNS] = zero(); });
         for (int64_t s = 0; s < plan.segments; s++) {
             const float* x = call.x + s * Format::VECTORS * W;

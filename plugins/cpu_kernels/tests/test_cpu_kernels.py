@@ -1,23 +1,38 @@
 """Every kernel gives what decode-then-multiply gives, at any number of rows, whatever the instruction set."""
 
 import copy
+import subprocess
+import sys
 
-import gguf
 import pytest
 import torch
-from core_cpu_kernels.kernels import CpuKernels
-from core_cpu_kernels.library import Library
 from torch import nn
 
 from core.errors import CoreError, PluginError
 from core.layers import AffineTensor, Linear, QuantizedTensor, TableTensor, pack_linears
 
+pytest.importorskip("core_cpu_kernels", reason="not installed where there is no C++ compiler")
+import gguf
+
+from core_cpu_kernels.kernels import CpuKernels
+from core_cpu_kernels.library import Library
+
 BOUND = 2e-6  # relative, by norm: what accumulation in float32 explains
 ROWS = [1, 2, 3, 4, 5, 6, 7, 13, 33, 129, 512]
 NF4 = (-1.0, -0.69, -0.52, -0.39, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16, 0.24, 0.33, 0.44, 0.56, 0.72, 1.0)
 HALVES_AT = {  # where a block keeps its scale and its min
-    **{"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,)},
-    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)},
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
 }
 
 
@@ -116,7 +131,19 @@ def test_affine_weights_at_any_number_of_rows(kernels, threads, bits, kind):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     "size, group",
-    [(8, 8), (40, 8), (72, 24), (96, 32), (136, 136), (160, 16), (192, 96), (576, 576), (1536, 128), (2112, 64), (640, 320)],
+    [
+        (8, 8),
+        (40, 8),
+        (72, 24),
+        (96, 32),
+        (136, 136),
+        (160, 16),
+        (192, 96),
+        (576, 576),
+        (1536, 128),
+        (2112, 64),
+        (640, 320),
+    ],
 )
 def test_affine_weights_of_any_width_and_group(kernels, size, group, bits, dtype):
     for kind in ("zeros", "offsets", "middle"):
@@ -182,7 +209,7 @@ def test_shapes_and_dtypes_of_x(kernels):
     for dtype in (torch.float16, torch.bfloat16):
         assert linear(x.to(dtype)).dtype == dtype
         torch.testing.assert_close(linear(x.to(dtype)), wanted.to(dtype), rtol=2e-2, atol=2e-2)
-    with pytest.raises(CoreError, match="takes \\[..., 64\\]"):
+    with pytest.raises(CoreError, match=r"takes \[\.\.\., 64\]"):
         linear(torch.randn(2, 63))
     with pytest.raises(CoreError, match=r"not torch\.int64"):
         linear(torch.ones(2, 64, dtype=torch.int64))
@@ -214,3 +241,28 @@ def test_modules_get_their_kernels(kernels):
     with torch.inference_mode():
         torch.testing.assert_close(model(x), wanted)
     assert model[0].weight.parts["codes"].data_ptr() == weight.parts["codes"].data_ptr()
+
+
+def test_the_command_lists_the_plugin_and_goes_on_without_it():
+    def plugins(*options):
+        run = [sys.executable, "-c", "from core.cli import main; main()", "plugins", *options]
+        return subprocess.run(run, capture_output=True, text=True, check=True).stdout
+
+    assert "core-serve-cpu-kernels" in plugins()
+    assert "core-serve-cpu-kernels" not in plugins("--disable-plugin", "cpu_kernels")
+
+
+def test_a_quantized_model_says_the_same_with_and_without_kernels(tmp_path):
+    """On the fly 8 bit, natively: the linears are 64 and 128 wide, with groups of the whole row."""
+    pytest.importorskip("core_quant_int", reason="makes the 8 bit weights")
+    from core import LLM, SamplingParams
+    from core.testing import tiny_checkpoint
+
+    path, prompts = tiny_checkpoint("llama", tmp_path), [[5, 6, 7, 8], [9, 10, 11]]
+    options = {"model": str(path), "quantization": "int8", "skip_tokenizer_init": True}
+    found = []
+    for disabled in ([], ["cpu_kernels"]):
+        with LLM(**options, disable_plugins=disabled) as llm:
+            outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
+        found.append([output.outputs[0].token_ids for output in outputs])
+    assert found[0] == found[1]
