@@ -274,3 +274,11 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(source, tmp_path):
         one, other = load_file(file), load_file(parts / file.name)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_every_tensor_is_in_one_shard_that_of_its_layer(tmp_path):
+    deep = tiny_checkpoint("llama", tmp_path / "deep", num_hidden_layers=12)
+    quantize(QuantizeJob(str(deep), "int4", tmp_path / "out", QuantizeSettings(group_size=16)), PluginHost.load())
+    names = [name for file in sorted((tmp_path / "out").glob("*.safetensors")) for name in load_file(file)]
+    assert len(names) == len(set(names))
+    assert not any(name.endswith("_proj.weight") for name in names)
