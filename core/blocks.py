@@ -16,7 +16,7 @@ the deepest first; so an idle node is always taken before its parent, and no nod
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 ROOT = 0  # the node above every first block
 
@@ -36,6 +36,7 @@ class BlockPool:
         self._key_of: dict[int, Key] = {}  # block -> its key; cached blocks only
         self._node_of: dict[int, int] = {}  # block -> its node's id, never used twice; cached blocks only
         self._last_node = ROOT
+        self.on_uncached: Callable[[Iterable[int]], None] = lambda blocks: None  # called as blocks leave the cache
 
     @property
     def num_free(self) -> int:
@@ -114,8 +115,13 @@ class BlockPool:
         self.free([block])
         return twin
 
+    def is_cached(self, block: int) -> bool:
+        """True if others can find this block's content."""
+        return block in self._key_of
+
     def reset_prefix_cache(self) -> None:
         """Forget all cached content. Blocks in use stay with their owners, but nobody else finds them any more."""
+        self.on_uncached(list(self._key_of))
         self._cached.clear()
         self._key_of.clear()
         self._node_of.clear()
@@ -129,6 +135,7 @@ class BlockPool:
             block, _ = self._idle.popitem(last=False)
             del self._cached[self._key_of.pop(block)]
             del self._node_of[block]
+            self.on_uncached((block,))
         self._refs[block] = 1
         return block
 

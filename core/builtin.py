@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import TYPE_CHECKING
 
 from core import API_VERSION
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
 
 CORE_API = API_VERSION
 CPU_PRIORITY = 50
+TRITON_PRIORITY = 60
 REFERENCE_PRIORITY = 1  # plain and right, so whatever else can serves instead
+INTERPRETED_PRIORITY = 0  # a hundred times slower still; for tests of the kernels, chosen by name
 
 
 @hookimpl
@@ -40,11 +44,33 @@ def provide_tokenizer(spec: ModelSpec, options: EngineConfig) -> Tokenizer | Non
 def resolve_attention_backend(
     spec: ModelSpec, options: EngineConfig
 ) -> Bid[AttentionBackend] | Refusal | list[Bid[AttentionBackend] | Refusal] | None:
-    """Offer the CPU's backend where the engine runs on the CPU, and the reference anywhere."""
+    """Offer the backend of the device that the engine runs on, and the reference anywhere."""
     reference: Bid[AttentionBackend] = Bid("torch_reference", REFERENCE_PRIORITY, _build_reference, {"device": "any"})
     if _runs_on_cpu(options.device):
-        return [Bid("cpu", CPU_PRIORITY, _build_cpu, {"device": "cpu"}), reference]
-    return [Refusal(f"cpu attention runs on the CPU only, and the device is {options.device!r}"), reference]
+        return [Bid("cpu", CPU_PRIORITY, _build_cpu, {"device": "cpu"}), _triton_on_cpu(), reference]
+    declined = Refusal(f"cpu attention runs on the CPU only, and the device is {options.device!r}")
+    return [declined, _triton_on_gpu(options.device), reference]
+
+
+def _triton_on_gpu(device: str) -> Bid[AttentionBackend] | Refusal:
+    if device != "auto" and not device.startswith("cuda"):  # torch calls ROCm's devices cuda too
+        return Refusal(f"triton attention runs on CUDA and ROCm, and the device is {device!r}")
+    return _need_triton() or Bid("triton", TRITON_PRIORITY, _build_triton, {"device": "cuda, rocm"})
+
+
+def _triton_on_cpu() -> Bid[AttentionBackend] | Refusal:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return Refusal(
+            "triton attention runs on CUDA and ROCm; on the CPU only in Triton's interpreter, for tests: "
+            "set TRITON_INTERPRET=1"
+        )
+    return _need_triton() or Bid("triton", INTERPRETED_PRIORITY, _build_triton, {"device": "cpu, interpreted"})
+
+
+def _need_triton() -> Refusal | None:
+    if importlib.util.find_spec("triton") is not None:
+        return None
+    return Refusal("triton attention needs Triton, which is not installed: pip install 'core-serve[gpu]'")
 
 
 def _runs_on_cpu(device: str) -> bool:
@@ -59,6 +85,12 @@ def _build_cpu() -> AttentionBackend:
     from core.attention.cpu import CpuAttention
 
     return CpuAttention()
+
+
+def _build_triton() -> AttentionBackend:
+    from core.attention.triton import TritonAttention
+
+    return TritonAttention()
 
 
 def _build_reference() -> AttentionBackend:

@@ -17,6 +17,7 @@ from core.commands.chat import chat
 from core.commands.eval_quant import eval_quant
 from core.commands.explain import explain
 from core.commands.generate import generate
+from core.commands.kernels import kernels
 from core.commands.options import engine_options
 from core.commands.plugins import plugins
 from core.commands.quantize import quantize
@@ -27,7 +28,17 @@ from core.errors import CoreError
 from core.plugins import PluginHost
 
 PROG = "core-serve"
-COMMANDS: tuple[click.Command, ...] = (plugins, explain, generate, chat, supported_models, verify, quantize, eval_quant)
+COMMANDS: tuple[click.Command, ...] = (
+    plugins,
+    explain,
+    generate,
+    chat,
+    verify,
+    quantize,
+    eval_quant,
+    supported_models,
+    kernels,
+)
 
 
 def main() -> None:

@@ -38,6 +38,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     seed: int = 0  # for requests that give none
     disable_plugins: tuple[str, ...] = ()
+    disable_patches: tuple[str, ...] = ()  # of the transformers fallback
     prefer: tuple[str, ...] = ()  # settles ties between bids
     num_threads: int | None = None  # CPU threads of the engine; None = torch's own choice
     extra: dict[str, Any] = field(default_factory=dict)  # options of plugins, by their own names
@@ -54,8 +55,9 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
-        for name in ("disable_plugins", "prefer"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("disable_plugins", "disable_patches", "prefer"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
 
+from core.reach import EVERYTHING, Reach
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -100,6 +102,7 @@ class KVSpec:
     v_dim: int
     dtype: torch.dtype
     device: str = "cpu"
+    reach: Reach = EVERYTHING  # bounded: what lies further back is given back, and every call has to say the same
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,8 @@ class AttentionBackend(Protocol):
     name: str
     honours: frozenset[str]  # of AttentionArgs.non_default()
 
-    def allocate(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> None:
-        """Make the cache for `specs`, one entry a layer. Called once."""
+    def allocate(self, specs: Sequence[KVSpec], num_blocks: Sequence[int], block_size: int) -> None:
+        """Make the cache: one spec and one number of blocks a layer. Called once."""
         ...
 
     def plan(self, batch: Batch) -> None:
@@ -136,6 +139,8 @@ class AttentionBackend(Protocol):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, args: AttentionArgs) -> Tensor:
         """Store k, v of this step's tokens in `layer`'s cache and attend over each request's whole context.
+
+        Where the tokens go and where the context lies say `batch.places(reach)` of the layer's spec.
 
         q [tokens, heads, k_dim], k [tokens, kv_heads, k_dim], v [tokens, kv_heads, v_dim] -> [tokens, heads, v_dim].
         Raises UnsupportedAttention, naming layer and argument.
@@ -151,7 +156,9 @@ class ModelFeatures:
     """What the scheduler may do with a model."""
 
     chunked_prefill: bool = True  # False: a prompt is run whole, in one step
-    prefix_caching: bool = True  # False: there is state that blocks do not hold
+    prefix_caching: bool = True  # False: there is state that blocks do not hold, or K depends on the text's length
+    patches: tuple[str, ...] = ()  # what was changed in somebody else's module to make it faster; shown to the user
+    restart_after: int | None = None  # a text that grows past so many tokens is computed anew from its first token
 
 
 class Model(Protocol):

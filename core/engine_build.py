@@ -11,10 +11,11 @@ import torch
 from core.blocks import BlockPool
 from core.choice import Choice, explain_text
 from core.config import EngineConfig
-from core.contracts import AttentionBackend, Checkpoint, KVSpec, Model, QuantMethod, Refusal
+from core.contracts import AttentionBackend, Checkpoint, Model, QuantMethod, Refusal
 from core.engine import Engine
 from core.engine_info import EngineInfo
 from core.errors import ConfigError, CoreError
+from core.kv_memory import size_memory
 from core.model_loader import BuildAttempt, BuildContext, build_model
 from core.plugins import PluginHost
 from core.runner import Runner
@@ -134,21 +135,27 @@ def _assemble(
     spec = checkpoint.spec
     max_model_len = choose_model_len(config, spec)
     specs = list(model.kv_specs())
-    num_blocks = size_pool(config, specs, max_model_len)
-    max_model_len = min(max_model_len, num_blocks * config.block_size)  # no request can be longer than the pool
+    chunked = model.features.chunked_prefill
+    step = config.max_num_batched_tokens if chunked else max(config.max_num_batched_tokens, max_model_len)
+    memory = size_memory(config, specs, max_model_len, step)
+    max_model_len = min(max_model_len, memory.num_blocks * config.block_size)  # no request can be longer than the pool
     attention = context.make_attention()
     if specs:
-        attention.allocate(specs, num_blocks, config.block_size)
+        attention.allocate(specs, memory.by_layer(specs), config.block_size)
     prefix_caching = config.enable_prefix_caching and model.features.prefix_caching
     if config.enable_prefix_caching and not prefix_caching:
-        logger.info("prefix caching is off: %s keeps state that blocks do not hold", model.impl_name)
+        logger.info(
+            "prefix caching is off: what %s keeps of a token depends on more than the tokens before it, or is not in "
+            "blocks", model.impl_name,
+        )  # fmt: skip
     limits = SchedulerLimits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=max_model_len,
         max_num_waiting=config.max_num_waiting,
-        chunked_prefill=model.features.chunked_prefill,
+        chunked_prefill=chunked,
         prefix_caching=prefix_caching,
+        restart_after=model.features.restart_after,
     )
     tokenizer = None if config.skip_tokenizer_init else host.tokenizer(spec, config)
     eos = sorted({*spec.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())})
@@ -161,7 +168,7 @@ def _assemble(
         device=str(context.device),
         max_model_len=max_model_len,
         vocab_size=model.vocab_size,
-        num_blocks=num_blocks,
+        num_blocks=memory.num_blocks,
         block_size=config.block_size,
         prefix_caching=prefix_caching,
         quantization=context.quant_method.name if context.quant_method else None,
@@ -172,10 +179,14 @@ def _assemble(
     logger.info(
         "model: %s · attention: %s · quantizer: %s · kernels: %s · %s on %s · %d blocks of %d tokens",
         info.impl_name, attention_name, info.quantization or "none",
-        context.kernels.name if context.kernels else "torch", info.dtype, info.device, num_blocks, config.block_size,
+        context.kernels.name if context.kernels else "torch", info.dtype, info.device, info.num_blocks,
+        config.block_size,
     )  # fmt: skip
-    runner = Runner(model, attention, config.block_size, context.device)
-    scheduler = Scheduler(BlockPool(num_blocks, config.block_size), limits)
+    for reach, blocks in memory.windows.items():
+        logger.info("layers of %s: %d blocks; what lies further back is given back", reach, blocks)
+    runner = Runner(model, attention, config.block_size, context.device, tuple(memory.windows))
+    pools = memory.pools(config.block_size)
+    scheduler = Scheduler(BlockPool(memory.num_blocks, config.block_size), limits, pools)
     sampler = Sampler(model.vocab_size, eos, context.device)
     return Engine(info, config, host, runner, scheduler, sampler, tokenizer, eos)
 
@@ -191,27 +202,3 @@ def choose_model_len(config: EngineConfig, spec: ModelSpec) -> int:
             "Ask for less, or change max_position_embeddings (and rope scaling) in the checkpoint's config."
         )
     return config.max_model_len
-
-
-def size_pool(config: EngineConfig, specs: Sequence[KVSpec], max_model_len: int) -> int:
-    """Return the number of blocks: what was asked for, else what the memory holds, at most what can ever be used."""
-    if config.num_blocks is not None:
-        return config.num_blocks
-    per_request = -(-max_model_len // config.block_size)
-    usable = per_request * config.max_num_seqs
-    per_token = sum(spec.num_kv_heads * (spec.k_dim + spec.v_dim) * spec.dtype.itemsize for spec in specs)
-    if per_token == 0:
-        return usable  # the model keeps its own state; blocks only count tokens
-    held = config.kv_cache_memory // (per_token * config.block_size)
-    if held < 1:
-        raise ConfigError(
-            f"kv_cache_memory of {config.kv_cache_memory} bytes does not hold one block of {config.block_size} tokens "
-            f"({per_token * config.block_size} bytes). Give more with --kv-cache-memory."
-        )
-    if held < per_request:
-        logger.warning(
-            "K/V memory holds %d tokens, fewer than the model's %d: longer requests will be refused. "
-            "Give more with --kv-cache-memory or set a smaller --max-model-len.", held * config.block_size,
-            max_model_len,
-        )  # fmt: skip
-    return min(held, usable)

@@ -6,6 +6,7 @@ CoreError                     one line for the user, exit code 1, no traceback
 ├── NoImplementation          no plugin can serve this model (or not the one asked for)
 ├── CheckpointError           a checkpoint cannot be opened, or its tensors do not fit the model
 ├── UnsupportedAttention      an attention call asks for something that the backend does not honour
+├── KernelError               a kernel was given a tensor whose shape, strides, dtype or device it does not take
 ├── EngineDead                the engine process ended; requests in flight are lost
 └── RequestError              one request is refused; the engine goes on
     ├── InvalidParameter      a field has a wrong type or value
@@ -39,6 +40,10 @@ class CheckpointError(CoreError):
 
 class UnsupportedAttention(CoreError):
     """An attention call asks for something that the backend does not honour; names layer and argument."""
+
+
+class KernelError(CoreError):
+    """A kernel was given a tensor that it does not take; names kernel, argument and what would be right."""
 
 
 class EngineDead(CoreError):

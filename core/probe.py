@@ -20,6 +20,7 @@ class ProbedBid:
 
     name: str
     refusal: str | None  # None: it serves
+    patches: tuple[str, ...]
     seconds: float  # the first of a plugin's bids may load what the others share
 
 
@@ -41,7 +42,8 @@ def _noting(bid: Bid[Model], found: list[ProbedBid]) -> Callable[[Checkpoint, Bu
         start = time.monotonic()
         built = bid.build(checkpoint, context)
         refusal = built.reason if isinstance(built, Refusal) else None
-        found.append(ProbedBid(bid.name, refusal, time.monotonic() - start))
+        patches = () if isinstance(built, Refusal) else built.features.patches
+        found.append(ProbedBid(bid.name, refusal, patches, time.monotonic() - start))
         return built
 
     return build

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from core.contracts import QuantMethod
     from core.spec import ModelSpec
 
-DISTRIBUTIONS = {"bitsandbytes": "bnb"}  # methods whose plugin is called otherwise
+# Methods whose plugin is called otherwise.
+DISTRIBUTIONS = {"int8": "int", "int4": "int", "auto-round": "gptq", "bitsandbytes": "bnb"}
+DISTRIBUTIONS |= {f"bitsandbytes-{kind}": "bnb" for kind in ("nf4", "fp4", "int8")}
+# Formats of files, which nothing is brought into while it is loaded.
+FILE_FORMATS = frozenset({"awq", "gptq", "auto-round", "compressed-tensors", "fp8", "gguf"})
 
 
 def settle_claims(
@@ -27,7 +31,17 @@ def settle_claims(
     if not rivals:
         _refuse_unclaimed(spec, options)
         return None
-    return rivals[0][1]
+    method = rivals[0][1]
+    if method.on_the_fly and spec.quantization_config is not None:
+        raise _misfit(spec, options.quantization or method.name)
+    return method
+
+
+def _misfit(spec: ModelSpec, asked: str) -> ConfigError:
+    own = _method_name(spec.quantization_config or {})
+    return ConfigError(
+        f"--quantization {asked} does not fit {spec.path}, which is quantized with {own!r} already. Leave it out."
+    )
 
 
 def _refuse_unclaimed(spec: ModelSpec, options: EngineConfig) -> None:
@@ -35,7 +49,14 @@ def _refuse_unclaimed(spec: ModelSpec, options: EngineConfig) -> None:
     stated = spec.quantization_config
     if stated is None and options.quantization is None:
         return
+    if stated is not None and options.quantization not in (None, _method_name(stated)):
+        raise _misfit(spec, str(options.quantization))
     method = options.quantization or _method_name(stated or {})
+    if stated is None and method in FILE_FORMATS:
+        raise ConfigError(
+            f"--quantization {method} is for checkpoints in that format, and {spec.path} is none. Make one with "
+            "`core-serve quantize`, or quantize while it is loaded: --quantization int8."
+        )
     short = DISTRIBUTIONS.get(method, method.replace("_", "-"))
     source = "--quantization asks for" if options.quantization else f"{spec.path} is quantized with"
     raise ConfigError(

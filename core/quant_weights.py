@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from core.contracts import Checkpoint, QuantMethod
 from core.errors import CheckpointError
+from core.layers import HalfTensor, QuantizedTensor
 
 if TYPE_CHECKING:
     from core.model_loader import BuildContext
@@ -30,7 +31,15 @@ def weight_stream(
         if method.on_the_fly and name in linears:
             yield name, method.quantize(name, tensor.to(context.device, context.dtype))
         else:
-            yield name, tensor.to(context.device)
+            yield name, kept_small(tensor.to(context.device), context.dtype)
+
+
+def kept_small(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a matrix of halves seen as float32, where that is the model's dtype; any other tensor as it is."""
+    halves = tensor.dtype in (torch.float16, torch.bfloat16) and not isinstance(tensor, QuantizedTensor)
+    if not halves or dtype != torch.float32 or tensor.dim() < 2:
+        return tensor
+    return HalfTensor({"values": tensor}, tensor.shape[-1], dtype)
 
 
 def by_transformers(method: QuantMethod) -> bool:

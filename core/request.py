@@ -5,8 +5,12 @@ from __future__ import annotations
 import enum
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from core.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from core.window_blocks import WindowTable
 
 
 class Status(enum.Enum):
@@ -41,6 +45,7 @@ class Request:
     finish_reason: FinishReason | None = None  # set by the scheduler
     num_computed: int = 0  # tokens of prompt + output whose K/V is in the cache; set by the scheduler
     block_ids: list[int] = field(default_factory=list)  # in order of position; set by the scheduler
+    window_tables: list[WindowTable] = field(default_factory=list)  # one a WindowPool; set by the scheduler
     num_cached: int = 0  # prompt tokens taken from the prefix cache at first admission; set by the scheduler
     num_preemptions: int = 0  # set by the scheduler
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core.batch import Batch
+from core.batch import Batch, Places
 from core.contracts import AttentionBackend, Model
+from core.reach import Reach
 from core.request import ScheduledTokens
 
 
@@ -24,8 +25,17 @@ class StepLogits:
 class Runner:
     """Runs one model on one attention backend."""
 
-    def __init__(self, model: Model, attention: AttentionBackend | None, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Model,
+        attention: AttentionBackend | None,
+        block_size: int,
+        device: torch.device,
+        reaches: Sequence[Reach] = (),
+    ) -> None:
+        """`reaches`: what each of a request's window_tables is for."""
         self.model, self.attention, self.block_size, self.device = model, attention, block_size, device
+        self.reaches = tuple(reaches)
         self.has_kv = bool(model.kv_specs())
 
     @torch.inference_mode()
@@ -49,17 +59,21 @@ class Runner:
             starts.append(len(ids))
         rows, ranges, last = _logit_rows(entries, starts, wants_prompt)
         positions = self._positions(entries)
-        tables = self._tables(entries)
+        counts = torch.tensor([entry.count for entry in entries])
+        windows = {
+            reach: self._places([entry.request.window_tables[index].ids for entry in entries], positions, counts)
+            for index, reach in enumerate(self.reaches)
+        }
         batch = Batch(
             scheduled=entries,
             token_ids=torch.tensor(ids, dtype=torch.int64).to(self.device),
             positions=positions.to(self.device),
-            slots=self._slots(entries, positions, tables).to(self.device),
-            block_tables=tables.to(self.device),
+            everything=self._places([entry.request.block_ids for entry in entries], positions, counts),
             query_starts=starts,
             context_lens=[entry.end for entry in entries],
             logit_rows=torch.tensor(rows, dtype=torch.int64).to(self.device),
             attention=self.attention,
+            windows=windows,
         )
         return batch, ranges, last
 
@@ -68,16 +82,15 @@ class Runner:
             return torch.tensor([entry.start for entry in entries], dtype=torch.int64)
         return torch.cat([torch.arange(entry.start, entry.end) for entry in entries])
 
-    def _tables(self, entries: Sequence[ScheduledTokens]) -> Tensor:
-        width = max(len(entry.request.block_ids) for entry in entries)
-        padded = [entry.request.block_ids + [0] * (width - len(entry.request.block_ids)) for entry in entries]
-        return torch.tensor(padded, dtype=torch.int64).view(len(entries), width)
-
-    def _slots(self, entries: Sequence[ScheduledTokens], positions: Tensor, tables: Tensor) -> Tensor:
-        counts = torch.tensor([entry.count for entry in entries])
-        rows = torch.arange(len(entries)).repeat_interleave(counts)
-        blocks = tables[rows, positions // self.block_size]
-        return blocks * self.block_size + positions % self.block_size
+    def _places(self, tables: Sequence[list[int]], positions: Tensor, counts: Tensor) -> Places:
+        width = max(map(len, tables))
+        padded = torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int64)
+        padded = padded.view(len(tables), width)
+        rows = torch.arange(len(tables)).repeat_interleave(counts)
+        slots = padded[rows, positions // self.block_size] * self.block_size + positions % self.block_size
+        begun = slots[positions % self.block_size == 0] // self.block_size
+        fresh = begun.to(self.device) if len(begun) else None
+        return Places(slots.to(self.device), padded.to(self.device), fresh)
 
 
 def _logit_rows(

@@ -21,12 +21,13 @@ refused it. So it moves in every step, and everything before it in order is fini
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from core.blocks import BlockPool
 from core.errors import InvalidParameter, Overloaded, PromptTooLong
 from core.request import FinishReason, Request, ScheduledTokens, Status
+from core.window_blocks import WindowPool, WindowTable
 
 Key = tuple[int, int, float, int]  # (priority, 0 once admitted else 1, arrival, serial number)
 
@@ -41,6 +42,7 @@ class SchedulerLimits:
     max_num_waiting: int  # requests in the queue
     chunked_prefill: bool = True  # False: a prompt runs whole, over the budget if need be; no prefix cache
     prefix_caching: bool = True
+    restart_after: int | None = None  # a text that grows past so many tokens is computed anew; no prefix cache
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,16 @@ class _Step:
     """A schedule in the making."""
 
     budget: int  # tokens left
+    windows: Sequence[WindowPool]
     entries: dict[str, ScheduledTokens] = field(default_factory=dict)
     preempted: list[Request] = field(default_factory=list)
     admitted: int = 0
 
     def run(self, request: Request, count: int) -> None:
-        self.entries[request.id] = ScheduledTokens(request, request.num_computed, count)
+        start = request.num_computed
+        for window, table in zip(self.windows, request.window_tables, strict=True):
+            window.cover(table, start, start + count)
+        self.entries[request.id] = ScheduledTokens(request, start, count)
         self.budget -= count
 
     def drop(self, request: Request) -> None:
@@ -98,15 +104,19 @@ class _Step:
 class Scheduler:
     """Owns all unfinished requests and their blocks. One thread calls it."""
 
-    def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
+    def __init__(self, pool: BlockPool, limits: SchedulerLimits, windows: Sequence[WindowPool] = ()) -> None:
+        """`windows`: the pools of layers that look back only so far, beside `pool` for all others."""
         self.pool = pool
         self.limits = limits
-        self._caching = limits.prefix_caching and limits.chunked_prefill
+        self.windows = tuple(windows)
+        pool.on_uncached = self._forget_companions
+        self._caching = limits.prefix_caching and limits.chunked_prefill and limits.restart_after is None
         self._requests: dict[str, Request] = {}
         self._keys: dict[str, Key] = {}
         self._waiting = _Line()
         self._running = _Line()
         self._serial = 0
+        self._restarted: set[str] = set()  # ids of requests that grew past limits.restart_after
         self._blocked: tuple[Request, int] | None = None  # first in line, and the fewest free blocks since it failed
 
     @property
@@ -153,6 +163,7 @@ class Scheduler:
         del self._requests[request.id]
         line = self._running if request.status is Status.RUNNING else self._waiting
         line.remove(self._keys.pop(request.id))
+        self._restarted.discard(request.id)
         self._release(request)
         request.status = Status.FINISHED
         request.finish_reason = reason
@@ -181,7 +192,7 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """Choose what runs now. Never empty while has_work. Call advance() with its entries before the next one."""
-        step = _Step(self.limits.max_num_batched_tokens)
+        step = _Step(self.limits.max_num_batched_tokens, self.windows)
         prefilling = self._run_decodes(step)
         self._run_chunks(prefilling, step)
         self._admit_waiting(step)
@@ -202,6 +213,8 @@ class Scheduler:
             request.num_computed = end
             if self._caching and start // size < end // size:
                 self._register(request, start, end)
+            for window, table in zip(self.windows, request.window_tables, strict=True):
+                window.trim(table, end)
             if token is not None:
                 assert end == request.num_tokens, f"a token for request {request.id!r} in the middle of its prompt"
                 request.output_ids.append(token)
@@ -214,13 +227,24 @@ class Scheduler:
             if request.status is not Status.RUNNING:  # preempted by one before it
                 continue
             known = request.num_tokens
+            if self._must_restart(request):
+                self._restarted.add(request.id)
+                self._free_windows(request.window_tables)
+                request.num_computed = 0
             remaining = known - request.num_computed
             assert remaining > 0, f"request {request.id!r} has no token to run; it was neither sampled nor completed"
+            if known > len(request.block_ids) * size and not self._grow(request, step):
+                continue
             if remaining > 1:
                 prefilling.append(request)
-            elif known <= len(request.block_ids) * size or self._grow(request, step):
+            else:
                 step.run(request, 1)
         return prefilling
+
+    def _must_restart(self, request: Request) -> bool:
+        """True if its next token is the first past the length at which the model computes its text anew."""
+        limit = self.limits.restart_after
+        return request.num_computed == limit and request.num_prompt <= limit and request.id not in self._restarted
 
     def _grow(self, request: Request, step: _Step) -> bool:
         """Give a decode the block for its next token; False if it was itself the one to preempt."""
@@ -263,11 +287,13 @@ class Scheduler:
         """Give a waiting request a seat and blocks for all its known tokens, or change nothing of it."""
         matched = self._match(request)
         self.pool.share(matched)
+        tables = [window.adopt(matched) for window in self.windows]
         fresh = self._make_room(request, self.pool.blocks_for(request.num_tokens) - len(matched), step)
         if fresh is None:
             self.pool.free(matched)
+            self._free_windows(tables)
             return False
-        request.block_ids = matched + fresh
+        request.block_ids, request.window_tables = matched + fresh, tables
         request.num_computed = len(matched) * self.pool.block_size
         if request.num_preemptions == 0:
             request.num_cached = request.num_computed
@@ -324,8 +350,13 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         self.pool.free(request.block_ids)
-        request.block_ids = []
+        self._free_windows(request.window_tables)
+        request.block_ids, request.window_tables = [], []
         request.num_computed = 0
+
+    def _free_windows(self, tables: Sequence[WindowTable]) -> None:
+        for window, table in zip(self.windows, tables, strict=False):  # a waiting request has no tables
+            window.free(table)
 
     # ------------------------------------------------------------------------------------ prefix cache
 
@@ -333,7 +364,17 @@ class Scheduler:
         """Return cached blocks for its start. The last token is always left to compute: its logits are wanted."""
         if not self._caching or request.params.prompt_logprobs is not None:
             return []
-        return self.pool.match(request.token_ids(0, request.num_tokens), request.num_tokens - 1)
+        chain = self.pool.match(request.token_ids(0, request.num_tokens), request.num_tokens - 1)
+        return chain[: self._usable(chain)]
+
+    def _usable(self, chain: Sequence[int]) -> int:
+        """Return how many of the blocks every window can go on from."""
+        count, before = len(chain), -1
+        while count != before:
+            before = count
+            for window in self.windows:
+                count = window.usable(chain[:count])
+        return count
 
     def _register(self, request: Request, start: int, end: int) -> None:
         """Cache the blocks that tokens [start, end) made full."""
@@ -341,3 +382,10 @@ class Scheduler:
         for index in range(start // size, end // size):
             tokens = request.token_ids(index * size, (index + 1) * size)
             blocks[index] = self.pool.register(blocks[index], blocks[index - 1] if index else None, tokens)
+            if self.pool.is_cached(blocks[index]):
+                for window, table in zip(self.windows, request.window_tables, strict=True):
+                    window.register(table, index, blocks[index])
+
+    def _forget_companions(self, blocks: Iterable[int]) -> None:
+        for window in self.windows:
+            window.forget(blocks)

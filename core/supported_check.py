@@ -44,7 +44,7 @@ class Checked:
 
     model_type: str
     class_name: str
-    transformers: str  # its version
+    code: str  # what it was found with: core.supported_results.fingerprint
     unbuilt: str = ""  # why there is no tiny checkpoint
     unsure: str = ""  # why transformers' own answers are no reference
     auto: Served | None = None
@@ -125,9 +125,9 @@ def one_line(error: BaseException) -> str:
 # ------------------------------------------------------------------------------------------------ steps
 
 
-def check(model_type: str, class_name: str, version: str, context: Any, seconds: float) -> Checked:
+def check(model_type: str, class_name: str, code: str, context: Any, seconds: float) -> Checked:
     """Check one model type, each step in its own process of at most `seconds`."""
-    known: dict[str, Any] = {"model_type": model_type, "class_name": class_name, "transformers": version}
+    known: dict[str, Any] = {"model_type": model_type, "class_name": class_name, "code": code}
     with tempfile.TemporaryDirectory() as scratch:
         try:
             in_process(context, seconds, build, model_type, scratch)
@@ -136,7 +136,7 @@ def check(model_type: str, class_name: str, version: str, context: Any, seconds:
         try:
             known["unsure"] = in_process(context, seconds, ask_transformers, scratch)
         except Stopped as reason:
-            return Checked(**known, unsure=f"generate fails: {reason}")
+            return Checked(**known, unsure=str(reason))
         auto = _serve(context, seconds, scratch, "auto")
         # Where the fallback won the bidding, asking for it by name would build the same once more.
         fallback = auto if auto.is_fallback else _serve(context, seconds, scratch, "transformers")

@@ -9,117 +9,44 @@ torch and transformers are imported where they are used.
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.contracts import Bid, Checkpoint, KVSpec, ModelFeatures
-from core.errors import CheckpointError, ConfigError
-from core.hookspecs import hookimpl
-from core.spec import ModelSpec
-from core.testing_configs import VOCAB, model_class_of, tiny_config
+from core.errors import ConfigError, CoreError
+from core.testing_checkpoints import packed_checkpoint, tiny_checkpoint
+from core.testing_configs import VOCAB
+from core.testing_echo import EchoCheckpoint, EchoModel, EchoPlugin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from core.batch import Batch
-    from core.config import EngineConfig
     from core.llm import LLM
-    from core.model_loader import BuildContext
     from core.outputs import CompletionOutput
 
-
-MAX_WEIGHTS = 20_000_000
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-
-def tiny_checkpoint(model_type: str, folder: str | Path, **overrides: Any) -> Path:
-    """Save a small random model of one of transformers' causal architectures, as a Hugging Face folder.
-
-    `core.testing_configs` shrinks its default config; `overrides` are entries of config.json that win over that, for
-    architectures whose sizes it does not know. No tokenizer; no token ends a text. Every weight is random,
-    biases, norms and sinks too, so that none can be dropped unnoticed. The same arguments give the same weights.
-    """
-    import torch
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    folder = Path(folder)
-    config = tiny_config(model_type, **overrides)
-    model_class = model_class_of(model_type)
-    _check_size(model_type, model_class, config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = model_class._from_config(config, dtype=torch.float32)
-        _randomize(model)
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(str(folder))
-    return folder
+__all__ = [
+    "Answer",
+    "EchoCheckpoint",
+    "EchoModel",
+    "EchoPlugin",
+    "NoReference",
+    "VOCAB",
+    "answers_of",
+    "assert_matches_transformers",
+    "assert_same_answers",
+    "assert_serves",
+    "default_prompts",
+    "packed_checkpoint",
+    "tight_options",
+    "tiny_checkpoint",
+    "transformers_answers",
+]
 
 
-def packed_checkpoint(
-    source: str | Path,
-    folder: str | Path,
-    quantization_config: Mapping[str, Any],
-    pack: Callable[[str, Tensor], Mapping[str, Tensor] | None],
-) -> Path:
-    """Write a quantized copy of a Hugging Face folder, for tests of a quantization plugin.
-
-    `pack(name, weight)` is asked for every tensor and gives what stands in its place by its last name
-    ({"qweight": ..., "scales": ...} for "...q_proj.weight"), or None for a tensor that stays.
-    """
-    from safetensors.torch import save_file
-
-    from core.weights import HFCheckpoint
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Tensor] = {}
-    for name, tensor in HFCheckpoint(source).tensors():
-        packed = pack(name, tensor)
-        module = name.rpartition(".")[0]
-        found |= {name: tensor} if packed is None else {f"{module}.{part}": value for part, value in packed.items()}
-    save_file(found, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    for file in Path(source).glob("*.json"):
-        config = json.loads(file.read_text())
-        if file.name == "config.json":
-            config["quantization_config"] = dict(quantization_config)
-        (folder / file.name).write_text(json.dumps(config, indent=2))
-    return folder
-
-
-def _check_size(model_type: str, model_class: Any, config: Any) -> None:
-    """Refuse a model that stayed large, before it takes memory: mostly one with towers for images or sound."""
-    import torch
-
-    with torch.device("meta"):
-        size = sum(weight.numel() for weight in model_class._from_config(config).parameters())
-    if size > MAX_WEIGHTS:
-        raise ConfigError(
-            f"{model_type!r} has {size:,} weights even when shrunk; tiny is {MAX_WEIGHTS:,} at most. Shrink the rest "
-            "by `overrides`, or take the model type of its text part."
-        )
-
-
-def _randomize(model: Any) -> None:
-    """Make outputs differ clearly between tokens: transformers' own initial weights give nearly flat logits."""
-    import torch
-
-    with torch.no_grad():
-        for parameter in model.parameters():
-            spread = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.2
-            parameter.add_(torch.randn_like(parameter) * spread)
-        for buffer in model.buffers():
-            if buffer.is_floating_point() and not torch.isfinite(buffer).all():
-                buffer.nan_to_num_(0.0)
-
-
-# ------------------------------------------------------------------------------------------------ comparison
+class NoReference(CoreError):
+    """Why there is nothing to compare with: transformers itself cannot generate with this model."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +73,8 @@ def assert_matches_transformers(
     `model` is a checkpoint's folder, or a model type, of which `tiny_checkpoint(model, ..., **overrides)` is made.
     The prompts run together, in blocks of 4 tokens and steps of at most 7, first with a cold prefix cache, then with
     what that left in it. `options` are LLM's and win over these. Where transformers itself is undecided between two
-    tokens by less than `tolerance` (in nats, as logprobs are), a prompt's comparison ends. Raises AssertionError.
+    tokens by less than `tolerance` (in nats, as logprobs are), a prompt's comparison ends. Raises AssertionError;
+    ConfigError where no tiny checkpoint can be built, NoReference where `generate` itself fails.
     """
     from core.llm import LLM
 
@@ -234,12 +162,18 @@ def transformers_answers(
     trust_remote_code: bool = False,
     use_cache: bool = True,
 ) -> list[Answer]:
-    """Return what transformers' own `generate` answers to each prompt alone: greedy, float32, on the CPU."""
+    """Return what transformers' own `generate` answers to each prompt alone: greedy, float32, on the CPU.
+
+    Raises NoReference where `generate` itself fails.
+    """
     return answers_of(_reference(folder, trust_remote_code), prompts, max_tokens, use_cache)
 
 
 def answers_of(module: Any, prompts: Sequence[Sequence[int]], max_tokens: int, use_cache: bool = True) -> list[Answer]:
-    """Return what `generate` of a transformers module answers to each prompt alone, greedily."""
+    """Return what `generate` of a transformers module answers to each prompt alone, greedily.
+
+    Raises NoReference where `generate` itself fails.
+    """
     import torch
 
     limits = {
@@ -254,9 +188,11 @@ def answers_of(module: Any, prompts: Sequence[Sequence[int]], max_tokens: int, u
         ids = torch.tensor([list(prompt)])
         # A fresh copy a prompt, over the same weights: some modules carry state from one text into the next.
         alone = copy.deepcopy(module, {id(weight): weight for weight in module.parameters()})
-        out = alone.generate(
-            ids, attention_mask=torch.ones_like(ids), output_logits=True, return_dict_in_generate=True, **limits
-        )
+        given = {"attention_mask": torch.ones_like(ids), "output_logits": True, "return_dict_in_generate": True}
+        try:
+            out = alone.generate(ids, **given, **limits)
+        except Exception as error:  # anybody's module
+            raise NoReference(f"transformers' own generate fails: {type(error).__name__}: {error}") from error
         logprobs = torch.stack(out.logits, 1)[0].float().log_softmax(-1)
         answers.append(Answer(out.sequences[0, len(prompt) :].tolist(), logprobs))
     return answers
@@ -298,69 +234,3 @@ def _compare_one(found: CompletionOutput, wanted: Answer, tolerance: float, wher
         difference = abs(found.logprobs[at][token].logprob - float(wanted.logprobs[at, token]))
         assert difference < tolerance, f"{where}: the logprob of token {at} ({token}) differs by {difference:.3g}"
     assert found.token_ids == wanted.token_ids, f"{where}: {found.token_ids} goes on after {wanted.token_ids}"
-
-
-# ------------------------------------------------------------------------------------------------ without weights
-
-
-class EchoModel:
-    """A `core.contracts.Model` without weights or K/V: after token t it is nearly sure of t + 1, wrapping around."""
-
-    impl_name = "echo"
-    features = ModelFeatures()
-
-    def __init__(self, vocab_size: int = VOCAB) -> None:
-        self.vocab_size = vocab_size
-        self.released: list[str] = []  # ids, in order: what a test may ask for
-
-    def kv_specs(self) -> Sequence[KVSpec]:
-        return []
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Logits [rows, vocab]: 20 for the next token, 0 for all others."""
-        import torch
-
-        following = (batch.token_ids[batch.logit_rows] + 1) % self.vocab_size
-        return 20.0 * torch.nn.functional.one_hot(following, self.vocab_size).float()
-
-    def release(self, request_id: str) -> None:
-        self.released.append(request_id)
-
-
-@dataclass
-class EchoCheckpoint:
-    """A `core.contracts.Checkpoint` without tensors."""
-
-    spec: ModelSpec
-
-    def tensor_names(self) -> Sequence[str]:
-        return []
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(())
-
-    def tensor(self, name: str) -> Tensor:
-        raise CheckpointError(f"The echo model has no tensor {name!r}.")
-
-
-class EchoPlugin:
-    """Serves EchoModel for the path "echo": `build_engine(config, PluginHost.load(extra={"echo": EchoPlugin()}))`."""
-
-    CORE_API = (1, 0)
-
-    def __init__(self, max_positions: int = 128) -> None:
-        self.max_positions = max_positions
-
-    @hookimpl
-    def provide_checkpoint(self, path: str, options: EngineConfig) -> Checkpoint | None:
-        if path != "echo":
-            return None
-        config = {"model_type": "echo", "vocab_size": VOCAB, "max_position_embeddings": self.max_positions}
-        return EchoCheckpoint(ModelSpec(Path("echo"), "echo", config))
-
-    @hookimpl
-    def resolve_model_impl(self, spec: ModelSpec, options: EngineConfig) -> Bid[Any] | None:
-        def build(checkpoint: Checkpoint, context: BuildContext) -> EchoModel:
-            return EchoModel(VOCAB)
-
-        return Bid("echo", 100, build) if spec.model_type == "echo" else None

@@ -161,7 +161,8 @@ OWN_WAYS: dict[str, dict[str, Any]] = {  # sizes that no table of names can say,
     },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        # Both 32: the router of an older transformers takes as many features as the experts are wide.
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {
@@ -286,7 +287,7 @@ def _shrunk(default: Any, overrides: dict[str, Any]) -> Any:
     if known.get("kv_lora_rank") is not None and "num_key_value_heads" in known:
         sizes["num_key_value_heads"] = TINY["num_attention_heads"]  # latent attention: K/V of every head are unpacked
     sizes |= {name: value for name, value in SPECIAL_TOKENS.items() if name in known}
-    given = {**OWN_WAYS.get(default.model_type, {}), **overrides}
+    given = {**_in_its_words(default, OWN_WAYS.get(default.model_type, {})), **overrides}
     for name in default.sub_configs:
         part = getattr(default, name, None)
         if part is not None and name not in ("attn_config", "ffn_config"):
@@ -294,6 +295,16 @@ def _shrunk(default: Any, overrides: dict[str, Any]) -> Any:
     tiny = type(default)(**{**sizes, **given})
     missing = _missing_kinds(default, tiny)
     return tiny if not missing else type(default)(**{**sizes, **missing, **given})
+
+
+def _in_its_words(default: Any, own: dict[str, Any]) -> dict[str, Any]:
+    """Entries of OWN_WAYS for an older transformers, whose hybrids call a layer with linear attention "mamba"."""
+    translated: dict[str, Any] = {}
+    for name in ("layer_types", "layers_block_type"):
+        kinds = getattr(default, name, None) or ()
+        if name in own and "mamba" in kinds and LINEAR not in kinds:
+            translated[name] = ["mamba" if kind == LINEAR else kind for kind in own[name]]
+    return {**own, **translated}
 
 
 def _missing_kinds(default: Any, tiny: Any) -> dict[str, Any]:

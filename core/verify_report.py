@@ -127,8 +127,15 @@ def report_text(report: VerifyReport, width: int = 120) -> str:
     layers = f"Layers are not compared: {report.layers_note}.\n"
     if report.layers_note is None:
         layers = _layer_table(report, width)
-    verdict = "\n".join(report.problems) or "The served model answers as plain transformers does."
+    verdict = "\n".join(report.problems) or _passed_words(report)
     return f"{head}\n\n{layers}\n{_number_table(report, width)}\n{verdict} ({report.seconds:.0f} s)\n"
+
+
+def _passed_words(report: VerifyReport) -> str:
+    words = "The served model answers as plain transformers does"
+    if not report.skipped:
+        return f"{words}."
+    return f"{words}; there was no time for texts of {', '.join(map(str, report.skipped))} tokens (--time-limit)."
 
 
 def _layer_table(report: VerifyReport, width: int) -> str:

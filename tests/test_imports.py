@@ -14,16 +14,27 @@ HEAVY = ("torch", "transformers", "fastapi", "uvicorn", "safetensors", "huggingf
 
 # A module may import its own row and those above it. Modules that are not listed are checked by the folder they are in.
 LAYERS = [
-    {"errors", "json_files", "threads"},
+    {"errors", "json_files", "threads", "reach"},
     {"spec", "config", "sampling_params", "outputs", "engine_info"},
     {"request", "batch", "contracts", "hookspecs"},
     {"safetensors_file"},
-    {"blocks", "model_loader", "attention", "layers", "kernels", "weights", "demo"},
+    {"blocks", "window_blocks", "model_loader", "attention", "layers", "kernels", "weights", "demo"},
     {"quant_weights"},
     {"scheduler", "plugin_loading", "plugin_checks", "plugin_report", "choice", "quant_claims", "builtin", "plugins"},
     {"runner", "sampler", "sampling", "tokenizer", "detokenizer"},
     {"plain_module"},
-    {"engine_build", "engine", "llm", "testing", "testing_configs", "metrics", "probe"},
+    {
+        "kv_memory",
+        "engine_build",
+        "engine",
+        "llm",
+        "testing",
+        "testing_checkpoints",
+        "testing_configs",
+        "testing_echo",
+        "metrics",
+        "probe",
+    },
     {
         "verify",
         "verify_compare",
@@ -36,7 +47,7 @@ LAYERS = [
     },
     {"quantize"},
     {"eval_quant", "eval_quant_report"},
-    {"supported_check", "supported_models"},
+    {"supported_check", "supported_models", "supported_page", "supported_results"},
     {"server"},
     {"cli", "commands"},
 ]

@@ -294,8 +294,9 @@ def quantized(method):
     return ModelSpec(Path("/models/q"), "hf", {"model_type": "tiny", "quantization_config": {"quant_method": method}})
 
 
-def claims(name):
-    return plugin(provide_quant_method=lambda spec, options: SimpleNamespace(name=name))
+def claims(name, on_the_fly=False):
+    method = SimpleNamespace(name=name, on_the_fly=on_the_fly)
+    return plugin(provide_quant_method=lambda spec, options: method)
 
 
 def test_a_plain_checkpoint_has_no_quant_method():
@@ -303,7 +304,13 @@ def test_a_plain_checkpoint_has_no_quant_method():
 
 
 @pytest.mark.parametrize(
-    ("method", "package"), [("awq", "awq"), ("bitsandbytes", "bnb"), ("compressed-tensors", "compressed-tensors")]
+    ("method", "package"),
+    [
+        ("awq", "awq"),
+        ("bitsandbytes", "bnb"),
+        ("compressed-tensors", "compressed-tensors"),
+        ("auto-round", "gptq"),
+    ],
 )
 def test_a_quantization_that_nobody_takes_names_what_to_install(method, package):
     with pytest.raises(ConfigError, match=rf"'{method}'.*pip install core-serve-quant-{package}$"):
@@ -313,6 +320,18 @@ def test_a_quantization_that_nobody_takes_names_what_to_install(method, package)
 def test_a_quantization_asked_for_that_nobody_takes_is_an_error():
     with pytest.raises(ConfigError, match=r"--quantization asks for 'int3'"):
         without_installed().quant_method(SPEC, EngineConfig(quantization="int3"))
+
+
+def test_a_format_of_files_that_the_checkpoint_is_not_in_is_an_error():
+    with pytest.raises(ConfigError, match=r"--quantization awq is for checkpoints in that format, and /models/tiny is"):
+        without_installed().quant_method(SPEC, EngineConfig(quantization="awq"))
+
+
+@pytest.mark.parametrize("plugins", [{}, {"int": claims("int8", on_the_fly=True)}], ids=["nobody", "on the fly"])
+def test_a_quantization_that_does_not_fit_the_checkpoints_own_is_an_error(plugins):
+    host = without_installed(**plugins)
+    with pytest.raises(ConfigError, match=r"--quantization int8 does not fit .*, which is quantized with 'awq'"):
+        host.quant_method(quantized("awq"), EngineConfig(quantization="int8"))
 
 
 def test_the_one_claim_takes_the_checkpoint():

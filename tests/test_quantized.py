@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.errors import CoreError
-from core.layers import AffineTensor, QuantizedLinear, QuantizedTensor, TableTensor, pack_codes, unpack_codes
+from core.layers import (
+    AffineTensor,
+    HalfTensor,
+    QuantizedLinear,
+    QuantizedTensor,
+    TableTensor,
+    give_kernels,
+    pack_codes,
+    unpack_codes,
+)
 
 IN, GROUP = 128, 32
 TABLE = tuple(float(value) for value in torch.linspace(-1, 1, 16))
@@ -103,6 +112,37 @@ def test_experts_are_stacked_joined_and_picked_without_becoming_floats():
     assert torch.equal(merged[1, 5:7].dequantize(), merged.dequantize()[1, 5:7])
 
 
+def test_experts_of_a_stack_multiply_with_kernels_once_these_are_given():
+    asked = []
+
+    class Doubling:
+        name = "doubling"
+
+        def linear(self, weight, bias):
+            asked.append(weight)
+            return lambda x: 2 * F.linear(x, weight.dequantize())
+
+    module = nn.Module()
+    module.experts = nn.Parameter(torch.stack([affine(seed=seed) for seed in range(3)]), requires_grad=False)
+    x, plain = torch.randn(4, IN), module.experts.dequantize()
+    give_kernels(module, Doubling())
+    for index in (1, torch.tensor(1), -2):
+        torch.testing.assert_close(F.linear(x, module.experts[index]), 2 * F.linear(x, plain[1]))
+    assert len(asked) == 1
+    give_kernels(module, None)
+    torch.testing.assert_close(F.linear(x, module.experts[1]), F.linear(x, plain[1]))
+
+
+def test_halves_are_seen_as_the_floats_that_they_are():
+    values = torch.randn(48, IN).to(torch.bfloat16)
+    weight, x = HalfTensor({"values": values}, IN, torch.float32), torch.randn(4, IN)
+    assert weight.dtype == torch.float32
+    assert weight.num_bytes == 2 * values.numel()
+    assert torch.equal(weight.dequantize(), values.float())
+    torch.testing.assert_close(F.linear(x, weight), F.linear(x, values.float()))
+    assert torch.equal(F.embedding(torch.tensor([3]), weight), values[3:4].float())
+
+
 def test_rows_of_different_kinds_are_joined_as_floats():
     joined = torch.cat([affine(), table()])
     assert not isinstance(joined, QuantizedTensor)
@@ -121,6 +161,7 @@ def test_it_keeps_its_parts_over_copies_dtypes_and_state_dicts():
     half = weight.to(torch.float16)
     assert isinstance(half, AffineTensor) and half.dtype == torch.float16
     assert half.dequantize().dtype == torch.float16
+    assert half.parts["codes"] is weight.parts["codes"]
     assert torch.equal(copy.deepcopy(weight).dequantize(), weight.dequantize())
     assert isinstance(weight.detach(), AffineTensor) and isinstance(weight.clone(), AffineTensor)
     layer = QuantizedLinear(weight, None)

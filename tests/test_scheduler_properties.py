@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.blocks import BlockPool
-from core.request import FinishReason, Request, Status
+from core.reach import Reach
+from core.request import FinishReason, Request, ScheduledTokens, Status
 from core.sampling_params import SamplingParams
 from core.scheduler import Schedule, Scheduler, SchedulerLimits
+from core.window_blocks import WindowPool, most_blocks
 
 EMPTY = -1  # a slot that was never written
 END = 0  # the token that ends a request early
@@ -60,6 +62,7 @@ class Stream:
     limits: SchedulerLimits
     asks: tuple[Ask, ...]
     resets: frozenset[int]  # steps before which the prefix cache is emptied
+    reaches: tuple[Reach, ...] = ()  # of layers that give old blocks back
 
 
 @st.composite
@@ -76,7 +79,11 @@ def streams(draw: st.DrawFn) -> Stream:
     )
     asks = draw(st.lists(_asks(capacity), min_size=1, max_size=12))
     resets = draw(st.frozensets(st.integers(0, 30), max_size=2))
-    return Stream(num_blocks, block_size, limits, tuple(sorted(asks, key=lambda ask: ask.arrives)), resets)
+    sizes = st.integers(1, 9)
+    reach = st.builds(Reach, window=sizes) | st.builds(Reach, chunk=sizes) | st.builds(Reach, sizes, sizes)
+    reaches = draw(st.lists(reach, max_size=2, unique=True))
+    arrived = tuple(sorted(asks, key=lambda ask: ask.arrives))
+    return Stream(num_blocks, block_size, limits, arrived, resets, tuple(reaches))
 
 
 @st.composite
@@ -107,9 +114,18 @@ class Simulation:
 
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.stream.num_blocks, self.stream.block_size)
-        self.scheduler = Scheduler(self.pool, self.stream.limits)
+        self.windows = [self._window(reach) for reach in self.stream.reaches]
+        self.scheduler = Scheduler(self.pool, self.stream.limits, self.windows)
         self.slots = [EMPTY] * (self.stream.num_blocks * self.stream.block_size)
+        self.window_slots = [[EMPTY] * (pool.num_blocks * pool.block_size) for pool in self.windows]
         self.step = 0
+
+    def _window(self, reach: Reach) -> WindowPool:
+        """As the engine sizes it: for the most that can be in use, and never more than the text's own pool."""
+        limits, size = self.stream.limits, self.stream.block_size
+        step = limits.max_num_batched_tokens if limits.chunked_prefill else limits.max_model_len
+        most = most_blocks(reach, size, limits.max_num_seqs, step)
+        return WindowPool(reach, min(most, self.stream.num_blocks), size)
 
     @property
     def alive(self) -> list[Request]:
@@ -170,7 +186,10 @@ class Simulation:
         for entry in schedule.entries:
             if not entry.request.is_finished:
                 for position in range(entry.start, entry.end):
-                    self.slots[self._slot(entry.request, position)] = entry.request.token_ids(position, position + 1)[0]
+                    token = entry.request.token_ids(position, position + 1)[0]
+                    self.slots[self._slot(entry.request, position)] = token
+                    for index, slots in enumerate(self.window_slots):
+                        slots[self._window_slot(entry.request, index, position)] = token
         sampled: list[int | None] = []
         for entry in schedule.entries:
             if entry.request.is_finished:
@@ -178,12 +197,26 @@ class Simulation:
                 continue
             context = self._context(entry.request, entry.end)
             assert context == entry.request.token_ids(0, entry.end), "a slot holds another token than its request's"
+            self._check_windows(entry)
             sampled.append(next_token(context) if entry.samples else None)
         return sampled
 
     def _slot(self, request: Request, position: int) -> int:
         block = request.block_ids[position // self.stream.block_size]
         return block * self.stream.block_size + position % self.stream.block_size
+
+    def _window_slot(self, request: Request, index: int, position: int) -> int:
+        table, size = request.window_tables[index], self.stream.block_size
+        assert position // size >= table.first, "a block was given back that is still read"
+        return table.ids[position // size] * size + position % size
+
+    def _check_windows(self, entry: ScheduledTokens) -> None:
+        """Every token of this step finds in each window's blocks all that it sees."""
+        for index, (pool, slots) in enumerate(zip(self.windows, self.window_slots, strict=True)):
+            for position in range(entry.start, entry.end):
+                for seen in range(pool.reach.oldest(position), position + 1):
+                    token = slots[self._window_slot(entry.request, index, seen)]
+                    assert [token] == entry.request.token_ids(seen, seen + 1), "a window's slot holds another token"
 
     def _context(self, request: Request, end: int) -> list[int]:
         return [self.slots[self._slot(request, position)] for position in range(end)]
@@ -236,6 +269,12 @@ class Simulation:
     def _check_memory(self) -> None:
         """Owners are counted right, and a block with two owners is full, computed and of equal content."""
         self.pool.check([request.block_ids for request in self.alive])
+        for index, window in enumerate(self.windows):
+            tables = [request.window_tables[index] for request in self.alive if request.window_tables]
+            window.check(tables)
+            for table in tables:  # between steps a request holds what its next token sees, cut by block edges
+                held = len(table.ids) - table.first
+                assert held <= (window.reach.most - 1) // window.block_size + 2, "old blocks were not given back"
         owners: dict[int, list[tuple[Request, int]]] = {}
         for request in self.alive:
             context = self._context(request, request.num_computed)
@@ -273,6 +312,7 @@ def test_every_request_ends_with_exactly_its_tokens_and_no_block_leaks(stream: S
             assert request.output_ids == expected
             assert request.finish_reason is (FinishReason.STOP if END in expected else FinishReason.LENGTH)
     assert simulation.pool.num_used == 0
+    assert all(window.num_free == window.num_blocks for window in simulation.windows)
     assert (simulation.scheduler.num_running, simulation.scheduler.num_waiting) == (0, 0)
 
 
@@ -292,7 +332,7 @@ def test_the_prefix_cache_changes_no_token(stream: Stream) -> None:
     outputs = []
     for caching in (True, False):
         limits = SchedulerLimits(**(vars(stream.limits) | {"prefix_caching": caching}))
-        simulation = simulate(Stream(stream.num_blocks, stream.block_size, limits, asks, stream.resets))
+        simulation = simulate(Stream(stream.num_blocks, stream.block_size, limits, asks, stream.resets, stream.reaches))
         outputs.append([request.output_ids for request in simulation.requests])
         for request in simulation.requests:
             assert request.num_cached < request.num_prompt and request.num_cached % stream.block_size == 0
@@ -304,6 +344,6 @@ def test_the_simulation_meets_preemption_sharing_and_cache_hits() -> None:
     """The streams above would prove little if they never ran into these; this fixed one shows that they do."""
     limits = SchedulerLimits(4, 16, 40, 100)
     asks = tuple(Ask(6, (1, 2), 12, -step % 3, step, None, False, False) for step in range(12))
-    simulation = simulate(Stream(10, 4, limits, asks, frozenset()))
+    simulation = simulate(Stream(10, 4, limits, asks, frozenset(), (Reach(window=5), Reach(chunk=8))))
     assert sum(request.num_preemptions for request in simulation.requests) > 0
     assert sum(request.num_cached for request in simulation.requests) > 0

@@ -7,7 +7,9 @@ import pytest
 from core.cli import run
 from core.errors import ConfigError
 from core.supported_check import Checked, Served, Stopped, in_process, start_context
-from core.supported_models import causal_models, choose, markdown, read_results, verdict
+from core.supported_models import causal_models, choose
+from core.supported_page import differences, markdown, steady, verdict
+from core.supported_results import fingerprint, read_results
 
 RIGHT = Served("right", impl="transformers/rows")
 WRONG = Served("wrong", "token 3 is 7", impl="transformers/paged")
@@ -77,13 +79,34 @@ def test_what_the_results_file_holds_is_not_checked_again(surveyed, capsys):
 
 
 def test_a_survey_with_a_wrong_model_ends_with_exit_code_1_and_without_output_prints_the_table(tmp_path, capsys):
-    import transformers
-
-    line = {"model_type": "llama", "class_name": "LlamaForCausalLM", "transformers": transformers.__version__}
+    line = {"model_type": "llama", "class_name": "LlamaForCausalLM", "code": fingerprint()}
     line |= {"unbuilt": "", "unsure": "", "auto": vars(WRONG), "fallback": vars(RIGHT)}
     (tmp_path / "results.jsonl").write_text(json.dumps(line) + "\n")
     assert run(["supported-models", "--only", "llama", "--resume", str(tmp_path / "results.jsonl")]) == 1
     assert "auto: wrong: token 3 is 7; transformers: right" in capsys.readouterr().out
+
+
+def test_a_page_that_says_what_a_fresh_run_finds_passes_and_another_is_named_row_by_row(surveyed, tmp_path, capsys):
+    _, _, page, argv = surveyed
+    assert run([*argv, "--check", str(page)]) == 0
+    other = tmp_path / "other.md"
+    other.write_text(page.read_text().replace("| - | rows | right |", "| - | cache | right |"))
+    capsys.readouterr()
+    assert run([*argv, "--check", str(other)]) == 1
+    out = capsys.readouterr().out
+    assert (
+        "mamba: the page has | `MambaForCausalLM` | - | cache | right |; found | `MambaForCausalLM` | - | rows" in out
+    )
+    assert "llama" not in out
+
+
+def test_results_of_other_code_are_checked_again(tmp_path, capsys):
+    line = {"model_type": "gemma4_assistant", "class_name": "Gemma4AssistantForCausalLM", "code": "another"}
+    line |= {"unbuilt": "an old reason", "unsure": "", "auto": None, "fallback": None}
+    (tmp_path / "results.jsonl").write_text(json.dumps(line) + "\n")
+    assert run(["supported-models", "--only", "gemma4_assistant", "--resume", str(tmp_path / "results.jsonl")]) == 0
+    assert "an old reason" not in capsys.readouterr().out
+    assert [found.code for found in read_results(tmp_path / "results.jsonl")] == ["another", fingerprint()]
 
 
 # ------------------------------------------------------------------------------------------------ its parts
@@ -127,3 +150,32 @@ def test_each_outcome_has_its_words(found, words):
 
 def test_a_reason_with_a_bar_stays_in_its_cell():
     assert r"a \| b" in markdown([checked(unbuilt="a | b")], "5.0")
+
+
+def test_the_page_keeps_of_a_reason_what_every_machine_says():
+    one = steady("OSError at 0x7f3a01b2c9d0: transformers cannot load /tmp/tmpab12_x/config.json, off by 0.0123 nats")
+    assert one == steady("OSError at 0x55aa01b2c9d0: transformers cannot load /tmp/tmpzz9, off by 3.1e-05 nats")
+    assert "cannot load the checkpoint" in one
+    assert steady("hidden_size must be 0, got 256") == "hidden_size must be 0, got 256"
+    assert len(steady("a" * 1000)) < 300
+
+
+PAGE = markdown([checked(auto=RIGHT, fallback=RIGHT)], "5.0")
+
+
+@pytest.mark.parametrize(
+    ("fresh", "words"),
+    [
+        (markdown([checked(auto=RIGHT, fallback=WRONG)], "5.0"), "some: the page has"),
+        (markdown([], "5.0"), "this transformers has no such model type"),
+        (markdown([checked(auto=RIGHT, fallback=RIGHT)], "5.1"), "transformers 5.1"),
+    ],
+)
+def test_each_difference_between_two_pages_is_named(fresh, words):
+    assert differences(PAGE, PAGE) == []
+    assert words in "\n".join(differences(PAGE, fresh))
+
+
+def test_of_chosen_model_types_only_their_rows_are_compared():
+    assert differences(PAGE, markdown([], "5.1"), rows_only=True) == []
+    assert "is not on the page" in differences(markdown([], "5.0"), PAGE, rows_only=True)[0]

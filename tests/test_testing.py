@@ -14,6 +14,7 @@ from core.testing import (
     VOCAB,
     Answer,
     EchoPlugin,
+    NoReference,
     _compare_one,
     assert_matches_transformers,
     default_prompts,
@@ -82,6 +83,32 @@ def test_the_few_layers_that_are_left_are_of_every_kind_that_the_model_has():
     from core.testing_configs import tiny_config
 
     assert set(tiny_config("gemma3_text").layer_types) == {"full_attention", "sliding_attention"}
+
+
+def test_what_transformers_refuses_to_build_is_an_error_with_its_reason_and_a_way_on(tmp_path):
+    with pytest.raises(ConfigError, match=r"small 'llama': .*hidden.*`overrides`"):
+        tiny_checkpoint("llama", tmp_path, num_attention_heads=5)
+
+
+def test_what_needs_a_package_that_is_missing_is_an_error_that_names_it(tmp_path, monkeypatch):
+    from core import testing_checkpoints
+
+    def without(model_type, **overrides):
+        raise ImportError("TimmWrapperModel requires the timm library but it was not found. You can install it.")
+
+    monkeypatch.setattr(testing_checkpoints, "tiny_config", without)
+    with pytest.raises(ConfigError, match=r"cannot build .llama. without .*: TimmWrapperModel requires the timm"):
+        tiny_checkpoint("llama", tmp_path)
+
+
+def test_a_model_type_with_a_hyphen_is_as_good_as_any(tmp_path):
+    folder = tiny_checkpoint("bert-generation", tmp_path)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "bert-generation"
+
+
+def test_where_generate_itself_fails_there_is_no_reference_which_is_no_difference():
+    with pytest.raises(NoReference, match="transformers' own generate fails: TypeError"):
+        assert_matches_transformers("musicgen")
 
 
 def test_an_unknown_model_type_is_an_error_that_names_it(tmp_path):

@@ -17,6 +17,7 @@ from core.verify import NO_LAYERS, verify
 from core.verify_compare import Comparison, compare_answer
 from core.verify_layers import LayerRecorder, decoder_layers
 from core.verify_plain import PlainAnswer, PlainText
+from core.verify_report import report_text
 from core.verify_texts import edge_lengths, random_texts, slices_of
 from core_native_llama.config import LlamaConfig
 from core_native_llama.load import load
@@ -147,6 +148,12 @@ def test_without_time_nothing_is_compared_which_is_no_pass_and_the_texts_left_ou
     assert report.lengths == ()
     assert report.skipped[0] == 1
     assert report.problems == ["No logits were compared; give more time with --time-limit."]
+
+
+def test_a_pass_says_which_texts_there_was_no_time_for(llama):
+    report = verify(llama, **SMALL)
+    assert "plain transformers does. (" in report_text(report)
+    assert "no time for texts of 511, 512 tokens" in report_text(replace(report, skipped=(511, 512)))
 
 
 def test_a_vocabulary_too_large_for_all_positions_is_compared_at_some_of_every_text(llama, monkeypatch):

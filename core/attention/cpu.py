@@ -17,8 +17,9 @@ from torch import Tensor
 from core.attention.interface import PagedCache, check_call, softmax_attention, visible
 from core.batch import Batch
 from core.contracts import AttentionArgs, KVSpec
+from core.reach import Reach
 
-Shape = tuple[int | None, int | None]  # window, chunk: what decides which blocks a layer reads
+Shape = tuple[Reach, int | None, int | None]  # what is kept, window, chunk: what decides which blocks a layer reads
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,6 @@ class Plan:
     decode_rows: list[int]  # requests with one new token
     decode_tokens: Tensor | slice  # where those tokens lie in the flat row
     prefill_rows: list[int]
-    tables: Tensor  # [decoding requests, blocks] int64, padded with the request's own first block
     last: Tensor  # [decoding requests] int64, position of the new token
     decode_reads: dict[Shape, DecodeRead] = field(default_factory=dict)
     prefill_reads: dict[tuple[int, Shape], PrefillRead] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class CpuAttention:
     name = "cpu"
     honours = frozenset({"window", "chunk", "softcap", "sinks", "bias"})
 
-    def allocate(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> None:
+    def allocate(self, specs: Sequence[KVSpec], num_blocks: Sequence[int], block_size: int) -> None:
         self.cache = PagedCache(specs, num_blocks, block_size)
 
     def plan(self, batch: Batch) -> None:
@@ -76,20 +76,20 @@ class CpuAttention:
             decode_rows=decode,
             decode_tokens=slice(0, len(tokens)) if dense else torch.tensor(tokens, dtype=torch.int64),
             prefill_rows=[row for row in rows if lens[row] > 1],
-            tables=self._padded_tables(batch, decode, last),
             last=last,
         )
 
-    def _padded_tables(self, batch: Batch, rows: list[int], last: Tensor) -> Tensor:
+    def _padded_tables(self, reach: Reach) -> Tensor:
         """Pad with own blocks, not with block 0: what another request left there (NaN, say) must not be read."""
-        tables = batch.block_tables[rows]
-        used = last[:, None] // self.cache.block_size >= torch.arange(tables.shape[1])
-        return torch.where(used, tables, tables[:, :1])
+        tables = self._plan.batch.places(reach).block_tables[self._plan.decode_rows]
+        newest = self._plan.last[:, None] // self.cache.block_size
+        used = newest >= torch.arange(tables.shape[1])
+        return torch.where(used, tables, tables.gather(1, newest))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, args: AttentionArgs) -> Tensor:
-        check_call(self.name, self.honours, self.cache.specs[layer], q, k, v, args)
-        plan = self._plan
-        self.cache.write(layer, plan.batch.slots, k, v)
+        spec, plan = self.cache.specs[layer], self._plan
+        check_call(self.name, self.honours, spec, q, k, v, args)
+        self.cache.write(layer, plan.batch.places(spec.reach), k, v)
         if not plan.prefill_rows:
             return self._decode(q, layer, args)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[-1])
@@ -104,10 +104,10 @@ class CpuAttention:
 
     def _decode(self, q: Tensor, layer: int, args: AttentionArgs) -> Tensor:
         """q [requests, heads, k_dim] -> [requests, heads, v_dim]."""
-        shape = (args.window, args.chunk)
+        shape = (self.cache.specs[layer].reach, args.window, args.chunk)
         read = self._plan.decode_reads.get(shape)
         if read is None:
-            read = self._plan.decode_reads[shape] = self._decode_read(args)
+            read = self._plan.decode_reads[shape] = self._decode_read(shape)
         k, v = self.cache.gather(layer, read.block_ids)
         k, v = (x.view(len(q), -1, *x.shape[1:]).transpose(1, 2) for x in (k, v))  # [requests, kv_heads, keys, dim]
         grouped = q.view(len(q), k.shape[1], -1, q.shape[-1])
@@ -118,30 +118,34 @@ class CpuAttention:
             out = softmax_attention(grouped.unsqueeze(3), k, v, mask, distance, args)
         return out.reshape(len(q), q.shape[1], v.shape[-1])
 
-    def _decode_read(self, args: AttentionArgs) -> DecodeRead:
+    def _decode_read(self, shape: Shape) -> DecodeRead:
         """Leave out the blocks that lie before every request's window or chunk."""
         plan, size = self._plan, self.cache.block_size
+        reach, window, chunk = shape
         oldest = torch.zeros_like(plan.last)
-        if args.window is not None:
-            oldest = (plan.last - args.window + 1).clamp(min=0)
-        if args.chunk is not None:
-            oldest = torch.maximum(oldest, plan.last // args.chunk * args.chunk)
+        if window is not None:
+            oldest = (plan.last - window + 1).clamp(min=0)
+        if chunk is not None:
+            oldest = torch.maximum(oldest, plan.last // chunk * chunk)
         first_block = oldest // size
         count = int((plan.last // size - first_block).max()) + 1
         columns = first_block[:, None] + torch.arange(count)
-        block_ids = plan.tables.gather(1, columns.clamp(max=plan.tables.shape[1] - 1))
+        tables = self._padded_tables(reach)
+        block_ids = tables.gather(1, columns.clamp(max=tables.shape[1] - 1))
         k_positions = (columns[:, :, None] * size + torch.arange(size)).view(len(plan.last), 1, 1, -1)
         q_positions = plan.last.view(-1, 1, 1, 1)
-        return DecodeRead(block_ids.view(-1), visible(q_positions, k_positions, args), q_positions - k_positions)
+        seen = visible(q_positions, k_positions, AttentionArgs(1.0, window=window, chunk=chunk))
+        return DecodeRead(block_ids.view(-1), seen, q_positions - k_positions)
 
     # ------------------------------------------------------------------------------------------ prefill
 
     def _prefill(self, q: Tensor, k: Tensor, v: Tensor, row: int, layer: int, args: AttentionArgs) -> Tensor:
         """q [queries, heads, k_dim] of one request -> [queries, heads, v_dim]."""
-        key = (row, (args.window, args.chunk))
+        reach = self.cache.specs[layer].reach
+        key = (row, (reach, args.window, args.chunk))
         read = self._plan.prefill_reads.get(key)
         if read is None:
-            read = self._plan.prefill_reads[key] = self._prefill_read(row, args)
+            read = self._plan.prefill_reads[key] = self._prefill_read(row, reach, args)
         if read.block_ids is not None:
             k, v = (x[: read.num_keys] for x in self.cache.gather(layer, read.block_ids))
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, tokens, dim]
@@ -156,19 +160,20 @@ class CpuAttention:
             out = softmax_attention(grouped, k, v, mask, distance, args).flatten(1, 2)
         return out[0].transpose(0, 1)
 
-    def _prefill_read(self, row: int, args: AttentionArgs) -> PrefillRead:
+    def _prefill_read(self, row: int, reach: Reach, args: AttentionArgs) -> PrefillRead:
         batch, size = self._plan.batch, self.cache.block_size
         context, queries = batch.context_lens[row], batch.query_lens[row]
         q_positions = torch.arange(context - queries, context)[:, None]
-        oldest = 0 if args.window is None else max(0, context - queries - args.window + 1)
-        if args.chunk is not None:
-            oldest = max(oldest, (context - queries) // args.chunk * args.chunk)
+        oldest = Reach(args.window, args.chunk).oldest(context - queries)
         first_block = 0 if context == queries else oldest // size
         k_positions = torch.arange(first_block * size, context)[None, :]
         narrow = args.window is not None or args.chunk is not None
         mask = visible(q_positions, k_positions, args) if narrow or context > queries else None
-        block_ids = None if context == queries else batch.block_tables[row, first_block : -(-context // size)]
+        block_ids = None if context == queries else self._table(row, reach)[first_block : -(-context // size)]
         return PrefillRead(block_ids, context - first_block * size, mask, q_positions, k_positions)
+
+    def _table(self, row: int, reach: Reach) -> Tensor:
+        return self._plan.batch.places(reach).block_tables[row]
 
 
 def _fused(args: AttentionArgs, k: Tensor, v: Tensor) -> bool:

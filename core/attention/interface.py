@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.batch import Places
 from core.contracts import AttentionArgs, KVSpec
 from core.errors import UnsupportedAttention
+from core.reach import Reach
 
 NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.uint16}
 
@@ -27,23 +29,32 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
 class PagedCache:
     """K/V memory of all layers: keys[layer] [blocks, block_size, kv_heads, k_dim], values[layer] likewise."""
 
-    def __init__(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> None:
-        self.specs, self.num_blocks, self.block_size = tuple(specs), num_blocks, block_size
-        rows = (num_blocks, block_size)
-        self.keys = [lazy_zeros((*rows, spec.num_kv_heads, spec.k_dim), spec.dtype, spec.device) for spec in specs]
-        self.values = [lazy_zeros((*rows, spec.num_kv_heads, spec.v_dim), spec.dtype, spec.device) for spec in specs]
+    def __init__(self, specs: Sequence[KVSpec], num_blocks: Sequence[int], block_size: int) -> None:
+        self.specs, self.block_size = tuple(specs), block_size
+        sizes = list(zip(specs, num_blocks, strict=True))
+        self.keys = [self._memory(spec, count, spec.k_dim) for spec, count in sizes]
+        self.values = [self._memory(spec, count, spec.v_dim) for spec, count in sizes]
 
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store k [tokens, kv_heads, k_dim] and v at `slots` [tokens]."""
-        keys, values = self.keys[layer], self.values[layer]
+    def _memory(self, spec: KVSpec, num_blocks: int, dim: int) -> Tensor:
+        return lazy_zeros((num_blocks, self.block_size, spec.num_kv_heads, dim), spec.dtype, spec.device)
+
+    def write(self, layer: int, places: Places, k: Tensor, v: Tensor) -> None:
+        """Store k [tokens, kv_heads, k_dim] and v [tokens, kv_heads, v_dim].
+
+        Blocks are cleared as they are begun: a masked slot counts nothing, but nothing times NaN is NaN.
+        """
+        keys, values, slots = self.keys[layer], self.values[layer], places.slots
+        if places.fresh is not None:
+            keys.index_fill_(0, places.fresh, 0)
+            values.index_fill_(0, places.fresh, 0)
         keys.view(-1, *keys.shape[2:]).index_copy_(0, slots, k.to(keys.dtype))
         values.view(-1, *values.shape[2:]).index_copy_(0, slots, v.to(values.dtype))
 
     def gather(self, layer: int, block_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return K and V of `block_ids` [n]: [n * block_size, kv_heads, dim] each, copied out."""
         keys, values = self.keys[layer], self.values[layer]
-        k = keys.view(self.num_blocks, -1).index_select(0, block_ids)
-        v = values.view(self.num_blocks, -1).index_select(0, block_ids)
+        k = keys.view(len(keys), -1).index_select(0, block_ids)
+        v = values.view(len(values), -1).index_select(0, block_ids)
         return k.view(-1, *keys.shape[2:]), v.view(-1, *values.shape[2:])
 
 
@@ -56,6 +67,11 @@ def check_call(
         raise UnsupportedAttention(
             f"Attention backend {backend!r} does not honour {', '.join(sorted(unknown))}, which layer {spec.name} asks "
             f"for; it honours {', '.join(sorted(honours)) or 'nothing beyond plain causal attention'}."
+        )
+    if spec.reach.is_bounded and spec.reach != Reach(args.window, args.chunk):
+        raise UnsupportedAttention(
+            f"Layer {spec.name} keeps K and V for {spec.reach}, but attends with window {args.window} and chunk "
+            f"{args.chunk}."
         )
     wanted = ((spec.num_kv_heads, spec.k_dim), (spec.num_kv_heads, spec.v_dim))
     found = (tuple(k.shape[1:]), tuple(v.shape[1:]))

@@ -19,7 +19,7 @@ class TorchReferenceAttention:
     name = "torch_reference"
     honours = frozenset({"window", "chunk", "softcap", "sinks", "bias"})
 
-    def allocate(self, specs: Sequence[KVSpec], num_blocks: int, block_size: int) -> None:
+    def allocate(self, specs: Sequence[KVSpec], num_blocks: Sequence[int], block_size: int) -> None:
         self.cache = PagedCache(specs, num_blocks, block_size)
 
     def plan(self, batch: Batch) -> None:
@@ -27,18 +27,19 @@ class TorchReferenceAttention:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, args: AttentionArgs) -> Tensor:
         check_call(self.name, self.honours, self.cache.specs[layer], q, k, v, args)
-        self.cache.write(layer, self.batch.slots, k, v)
+        self.cache.write(layer, self.batch.places(self.cache.specs[layer].reach), k, v)
         starts = self.batch.query_starts
         parts = [self._attend_one(q[start:end], row, layer, args) for row, (start, end) in enumerate(pairwise(starts))]
         return torch.cat(parts)
 
     def _attend_one(self, q: Tensor, row: int, layer: int, args: AttentionArgs) -> Tensor:
-        length = self.batch.context_lens[row]
-        blocks = -(-length // self.cache.block_size)
-        k, v = self.cache.gather(layer, self.batch.block_tables[row, :blocks])
-        k, v = k[:length].transpose(0, 1), v[:length].transpose(0, 1)  # [kv_heads, context, dim]
+        length, size = self.batch.context_lens[row], self.cache.block_size
+        reach = self.cache.specs[layer].reach
+        first = reach.oldest(length - len(q)) // size  # blocks before it may have been given back
+        table = self.batch.places(reach).block_tables[row, first : -(-length // size)]
+        k, v = (x[: length - first * size].transpose(0, 1) for x in self.cache.gather(layer, table))
         positions = torch.arange(length, device=q.device)
-        q_positions, k_positions = positions[-len(q) :, None], positions[None, :]
+        q_positions, k_positions = positions[-len(q) :, None], positions[None, first * size :]
         grouped = q.view(len(q), k.shape[0], -1, q.shape[-1]).permute(1, 2, 0, 3)
         mask, distance = visible(q_positions, k_positions, args), q_positions - k_positions
         out = softmax_attention(grouped[None], k[None], v[None], mask, distance, args)[0]

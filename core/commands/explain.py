@@ -53,7 +53,8 @@ def explain(host: PluginHost, /, as_json: bool, probe: bool, **given: Any) -> in
     probed = _probe(options, host) if probe else []
     for one in probed:
         outcome = "serves" if one.refusal is None else f"declined: {one.refusal}"
-        click.echo(f"{one.name}: {outcome} ({one.seconds:.1f} s)")
+        patches = f"; patches: {', '.join(one.patches)}" if one.patches else ""
+        click.echo(f"{one.name}: {outcome}{patches} ({one.seconds:.1f} s)")
     return _exit_code(probe, probed)
 
 

@@ -88,6 +88,13 @@ MODEL_OPTIONS = [
     _option("--chat-template", metavar="FILE", help="A Jinja file. Default: the model's own."),
     _option("--prefer", multiple=True, metavar="NAME", help="Settle a tie for a plugin or implementation; repeatable."),
     DISABLE_PLUGIN,
+    click.option(
+        "--disable-patch",
+        "disable_patches",
+        multiple=True,
+        metavar="NAME",
+        help="Leave out a patch of the transformers fallback; repeatable.",
+    ),
 ]
 
 ENGINE_OPTIONS = [

@@ -12,7 +12,11 @@ def reference() -> str:
     from core.cli import PROG, make_cli
 
     cli = make_cli()
-    commands = {PROG: cli} | {f"{PROG} {name}": command for name, command in sorted(cli.commands.items())}
+    commands: dict[str, click.Command] = {PROG: cli}
+    for name, command in sorted(cli.commands.items()):
+        commands[f"{PROG} {name}"] = command
+        if isinstance(command, click.Group):
+            commands |= {f"{PROG} {name} {below}": part for below, part in sorted(command.commands.items())}
     return "\n" + "\n".join(_section(name, command) for name, command in commands.items()) + "\n"
 
 

@@ -26,7 +26,7 @@ from core.plugins import PluginHost
     type=float,
     help="In standard deviations. Default: 0.001 in float32, 0.25 in half types.",
 )
-@click.option("--time-limit", type=float, default=120.0, show_default=True, help="Seconds; longer texts are left out.")
+@click.option("--time-limit", type=float, default=300.0, show_default=True, help="Seconds; longer texts are left out.")
 @click.option("--layers/--no-layers", default=True, help="Compare the hidden states after every layer.")
 @click.option("--context-length", "--max-model-len", "max_model_len", type=int, help="Tokens. Default: the model's.")
 @click.option("--page-size", "--block-size", "block_size", type=int, help="Tokens in a KV block.")

@@ -1,1 +1,4 @@
-"""Kernels of the attention core for GPUs, one a file. None is here yet: attention runs on torch's own operators."""
+"""Kernels for GPUs, in Triton, one a file: the maths and shapes on top, the kernel, and a wrapper that checks its arguments.
+
+Nothing here is imported unless a GPU backend is chosen, so the core runs without Triton.
+"""

@@ -8,12 +8,13 @@ from core.layers.norm import RMSNorm
 from core.layers.quant_formats import (
     AffineTensor,
     Float8Tensor,
+    HalfTensor,
     TableTensor,
     float8_tensor,
     pack_codes,
     unpack_codes,
 )
-from core.layers.quantized import QuantizedLinear, QuantizedTensor
+from core.layers.quantized import QuantizedLinear, QuantizedTensor, give_kernels
 from core.layers.rotary import Rotary, RotaryError, apply_rotary
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Embedding",
     "Float8Tensor",
     "GatedMLP",
+    "HalfTensor",
     "Head",
     "Linear",
     "MergedLinear",
@@ -33,6 +35,7 @@ __all__ = [
     "TableTensor",
     "apply_rotary",
     "float8_tensor",
+    "give_kernels",
     "pack_codes",
     "pack_linears",
     "unpack_codes",

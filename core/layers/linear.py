@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.errors import CheckpointError
+from core.layers.quant_formats import HalfTensor
 from core.layers.quantized import QuantizedLinear, QuantizedTensor
 
 if TYPE_CHECKING:
@@ -222,7 +223,8 @@ def pack(layer: nn.Module, kernels: Kernels | None = None) -> nn.Module:
         return layer
     if not isinstance(weight, QuantizedTensor) and type(weight) not in (Tensor, nn.Parameter):
         return layer  # another library's kind of tensor (torchao's), which multiplies in its own way
-    kernel = None if kernels is None or weight.dim() != 2 else kernels.linear(weight, bias)
+    asked = weight.parts["values"] if isinstance(weight, HalfTensor) else weight  # kernels know halves as plain tensors
+    kernel = None if kernels is None or weight.dim() != 2 else kernels.linear(asked, bias)
     if isinstance(weight, QuantizedTensor):
         return QuantizedLinear(weight, bias, kernel) if weight.dim() == 2 else layer
     if kernel is not None:

@@ -1,4 +1,4 @@
-"""The layouts that most 4 and 8 bit formats are brought into: steps of equal size, a table of 16 values, and float8.
+"""The layouts that most formats are brought into: steps of equal size, a table of 16 values, halves, float8.
 
 codes     4 bit: uint8 [..., out, in / 2], weight 2j in the low half of byte j, weight 2j + 1 in the high half
           8 bit: uint8 [..., out, in]
@@ -53,6 +53,18 @@ class TableTensor(QuantizedTensor):
         grouped = values.unflatten(-1, (-1, self.settings["group_size"]))
         found: Tensor = (grouped * self.parts["scales"].float().unsqueeze(-1)).flatten(-2)
         return found
+
+
+class HalfTensor(QuantizedTensor):
+    """A weight in halves that modules see as float32: the very same numbers in half the memory.
+
+    Part: `values`, float16 or bfloat16 [..., out, in].
+    """
+
+    packing = "half"
+
+    def decode(self) -> Tensor:
+        return self.parts["values"].float()
 
 
 class Float8Tensor(QuantizedTensor):

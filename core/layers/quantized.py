@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Self
+from functools import cache
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.errors import CoreError
+
+if TYPE_CHECKING:
+    from core.contracts import Kernels
 
 ROWS_AT_ONCE = 1024  # of a weight that are floats at the same time where no kernel reads the quantized bytes
 
@@ -45,6 +49,10 @@ class QuantizedTensor(Tensor):
         self.parts = dict(parts)
         self.in_features = in_features
         self.settings = settings
+        self.kernel: Callable[[Tensor], Tensor] | None = None  # x -> x @ weight.T
+        self._experts: Callable[[int], QuantizedTensor] | None = (
+            None  # of a stack: the one at an index, with its kernel
+        )
 
     @abstractmethod
     def decode(self) -> Tensor:
@@ -164,9 +172,12 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if isinstance(weight, QuantizedTensor) and weight.dim() == 2:
+    if not isinstance(weight, QuantizedTensor) or weight.dim() != 2:
+        return NotImplemented
+    if weight.kernel is None:
         return weight.linear(x, bias)
-    return NotImplemented
+    out = weight.kernel(x)
+    return out if bias is None else out + bias
 
 
 def _embedding(ids: Tensor, weight: Tensor, *args: Any, **options: Any) -> Any:
@@ -179,7 +190,13 @@ def _pick(weight: Tensor, index: Any) -> Any:
     """Rows and experts are picked part by part; an index that reaches the last dimension is left to the floats."""
     if not isinstance(weight, QuantizedTensor) or not _keeps_rows_whole(index, weight.dim() - 1):
         return NotImplemented
+    if weight._experts is not None and _is_one(index):
+        return weight._experts(int(index) % weight.shape[0])
     return weight.remake(lambda part: part[index])
+
+
+def _is_one(index: Any) -> bool:
+    return isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0 and not index.is_floating_point())
 
 
 def _keeps_rows_whole(index: Any, leading: int) -> bool:
@@ -219,6 +236,28 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.cat: _cat,
     torch.stack: _stack,
 }
+
+
+# ------------------------------------------------------------------------------------------------ stacks of experts
+
+
+def give_kernels(model: nn.Module, kernels: Kernels | None) -> None:
+    """Let the experts of every quantized stack [experts, out, in] multiply with kernels; None takes them away."""
+    for weight in model.parameters():
+        if isinstance(weight, QuantizedTensor) and weight.dim() == 3:
+            weight._experts = None if kernels is None else _experts_of(weight, kernels)
+
+
+def _experts_of(stack: QuantizedTensor, kernels: Kernels) -> Callable[[int], QuantizedTensor]:
+    parts = stack.remake(lambda part: part)  # not the stack itself, which keeps this function
+
+    @cache
+    def expert(index: int) -> QuantizedTensor:
+        one = parts.remake(lambda part: part[index])
+        one.kernel = kernels.linear(one, None)
+        return one
+
+    return expert
 
 
 # ------------------------------------------------------------------------------------------------ layers

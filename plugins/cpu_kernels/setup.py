@@ -7,15 +7,15 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
-FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wall"]
-FLAGS += ["-Wno-maybe-uninitialized"] if sys.platform.startswith("linux") else []  # GCC's own AVX-512 headers
+FLAGS = ["-O2", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wall"]
+FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"] if sys.platform.startswith("linux") else []  # GCC's own AVX-512 headers
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 SOURCES = {"csrc/library.cpp": [], "csrc/plain.cpp": []}
 if X86:
     FLAGS.append("-DCORE_KERNELS_X86")
     SOURCES |= {"csrc/avx2.cpp": AVX2, "csrc/avx512.cpp": AVX512}
-HEADERS = ["weight.h", "formats.h", "matmul.h", "simd_plain.h", "simd_avx2.h", "simd_avx512.h"]
+HEADERS = ["weight.h", "formats.h", "ggml.h", "matmul.h", "simd_plain.h", "simd_avx2.h", "simd_avx512.h"]
 
 
 class BuildKernels(build_ext):

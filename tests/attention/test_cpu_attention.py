@@ -9,7 +9,7 @@ import torch
 
 from core.attention.cpu import CpuAttention
 from core.attention.torch_reference import TorchReferenceAttention
-from core.batch import Batch
+from core.batch import Batch, Places
 from core.contracts import AttentionArgs, KVSpec
 from core.errors import UnsupportedAttention
 
@@ -17,7 +17,7 @@ BLOCK = 4
 
 
 class Case:
-    """Random requests over a paged cache whose unused slots hold NaN, with block tables in random order."""
+    """Random requests over a paged cache that was left full of NaN, with block tables in random order."""
 
     def __init__(self, lens: list[tuple[int, int]], heads: int, spec: KVSpec, seed: int) -> None:
         torch.manual_seed(seed)
@@ -40,8 +40,10 @@ class Case:
             scheduled=(),
             token_ids=torch.zeros(starts[-1], dtype=torch.int64),
             positions=torch.cat([torch.arange(context - new, context) for context, new in self.lens]),
-            slots=torch.cat([self.slots(row)[-new:] for row, (_, new) in enumerate(self.lens)]),
-            block_tables=torch.tensor([table + [0] * (width - len(table)) for table in self.tables]),
+            everything=places(
+                torch.cat([self.slots(row)[-new:] for row, (_, new) in enumerate(self.lens)]),
+                torch.tensor([table + [0] * (width - len(table)) for table in self.tables]),
+            ),
             query_starts=starts,
             context_lens=[context for context, _ in self.lens],
             logit_rows=torch.zeros(0, dtype=torch.int64),
@@ -53,12 +55,13 @@ class Case:
         return torch.tensor(self.tables[row])[positions // BLOCK] * BLOCK + positions % BLOCK
 
     def run(self, backend: CpuAttention | TorchReferenceAttention, args: AttentionArgs) -> torch.Tensor:
-        backend.allocate([self.spec], self.num_blocks, BLOCK)
-        backend.cache.keys[0].view(-1, self.spec.num_kv_heads, self.spec.k_dim)[:BLOCK] = torch.nan
-        backend.cache.values[0].view(-1, self.spec.num_kv_heads, self.spec.v_dim)[:BLOCK] = torch.nan
+        backend.allocate([self.spec], [self.num_blocks], BLOCK)
+        backend.cache.keys[0].fill_(torch.nan)
+        backend.cache.values[0].fill_(torch.nan)
         for row, (context, new) in enumerate(self.lens):
             old = context - new
-            backend.cache.write(0, self.slots(row)[:old], self.k[row][:old], self.v[row][:old])
+            written = places(self.slots(row)[:old], torch.empty(0))
+            backend.cache.write(0, written, self.k[row][:old], self.v[row][:old])
         backend.plan(self.batch(backend))
         new_k = torch.cat([k[-new:] for k, (_, new) in zip(self.k, self.lens, strict=True)])
         new_v = torch.cat([v[-new:] for v, (_, new) in zip(self.v, self.lens, strict=True)])
@@ -94,6 +97,10 @@ class Case:
         weights = scores.exp()
         total = weights.sum() + (0 if args.sinks is None else args.sinks[head].double().exp())
         return ((weights / total) @ v.double()).float()
+
+
+def places(slots: torch.Tensor, tables: torch.Tensor) -> Places:
+    return Places(slots, tables, slots[slots % BLOCK == 0] // BLOCK)
 
 
 def sees(query: int, key: int, args: AttentionArgs) -> bool:

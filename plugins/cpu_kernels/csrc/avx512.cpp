@@ -1,6 +1,7 @@
 // The kernels compiled for one instruction set; setup.py gives this file its own compiler flags.
 #include "simd_avx512.h"
 #include "formats.h"
+#include "ggml.h"
 #include "matmul.h"
 
 namespace core_kernels {

@@ -4,42 +4,40 @@
 //   VECTORS    vectors of a segment; SEGMENT = VECTORS * W columns
 //   PARTS      how many pairs of scale and offset a segment has; vector i goes by pair part(i)
 //   SCALED     weight = raw * scale + offset, the offset only where OFFSET
+//   FEW        rows of x up to which decoding in registers is worth its code
 //   column     where lane `lane` of vector `i` lies in its segment
-//   segment    the bytes and scales of segment s of row n
+//   row        row n of the weight, with its scales as floats in memory of row_floats()
+//   segment    the bytes and scales of segment s of a row
 //   raw<I>     vector I of it
+//   IN_PLACE   one row only: raw_in_place<I> leaves a code where it stands in its word, that is times in_place(I), which is
+//              a power of two and is taken out of x instead; so no bit of the result changes, and a shift is saved
 #pragma once
 
 #include "weight.h"
 
 namespace core_kernels { namespace {
 
-inline float scalar(const void* base, int64_t index, int32_t type) {
-    if (type == FLOAT32) return static_cast<const float*>(base)[index];
-    if (type == UINT8) return static_cast<const uint8_t*>(base)[index];
-    const uint16_t raw = static_cast<const uint16_t*>(base)[index];
-    return type == FLOAT16 ? half(raw) : brain_half_to_float(raw);
-}
-
-// The scales of one segment's lanes, whatever the size of the groups.
+// The scales of a row's groups as floats, and of one segment's lanes, whatever the size of the groups.
 struct GroupScales {
     const Plan& plan;
     Lanes lanes;
 
     explicit GroupScales(const Plan& plan) : plan(plan), lanes(load_lanes(plan.lanes.data())) {}
 
-    inline VF get(const void* base, int32_t type, int64_t n, int64_t s) const {
-        const int64_t row = n * plan.groups;
-        if (plan.mode == BROADCAST) return set1(scalar(base, row + plan.group_of[s], type));
-        if (HAS_PERMUTE && plan.mode == PERMUTE) {
-            const int64_t first = s * plan.groups_per_segment, left = plan.groups - first;
-            const int count = int(left < plan.groups_per_segment ? left : plan.groups_per_segment);
-            return permute(load_scales(base, row + first, count, type), lanes);
-        }
+    // Whole vectors, and one more of zeros: what stands beyond the last group multiplies zeros and must not be NaN.
+    int64_t floats() const { return (plan.groups + W - 1) / W * W + W; }
+
+    void fill(const void* base, int32_t type, int64_t n, float* to) const {
+        int64_t g = 0;
+        for (; g < plan.groups; g += W)
+            store(to + g, load_scales(base, n * plan.groups + g, int(plan.groups - g < W ? plan.groups - g : W), type));
+        store(to + g, zero());
+    }
+    INLINE VF get(const float* values, int64_t s) const {
+        if (plan.mode == BROADCAST) return set1(values[plan.group_of[s]]);
+        if (plan.mode == PERMUTE) return permute(load(values + s * plan.groups_per_segment), lanes);
         float found[W];
-        for (int lane = 0; lane < W; lane++) {
-            const int32_t group = plan.group_of[s * W + lane];
-            found[lane] = group < 0 ? 0.0f : scalar(base, row + group, type);
-        }
+        for (int lane = 0; lane < W; lane++) found[lane] = values[plan.group_of[s * W + lane]];
         return load(found);
     }
 
@@ -60,22 +58,32 @@ struct GroupScales {
         } else {
             plan.mode = BY_LANE;
             for (int64_t at = 0; at < plan.segments * segment; at += unit)
-                plan.group_of.push_back(at < in ? int32_t(at / group) : -1);
+                plan.group_of.push_back(int32_t(at < in ? at / group : plan.groups));
         }
         return true;
     }
 };
 
+// The last code of a word would be negative where it stands, so that one is shifted after all.
+template <int BITS> constexpr float in_place_factor(int i) { return i == 32 / BITS - 1 ? 1.0f : float(uint32_t(1) << (BITS * i)); }
+template <int BITS, int I> INLINE VF code_in_place(VI words) {
+    if constexpr (I == 32 / BITS - 1) return to_float(shift_right<I * BITS>(words));
+    else return to_float(mask(words, int(((1u << BITS) - 1) << (I * BITS))));
+}
+
 // 4 or 8 bit codes that lie one after the other. A lane is a 32-bit word of the row: 8 or 4 neighbouring codes.
 template <int BITS, bool TABLE> struct Words {
     static constexpr int VECTORS = 32 / BITS, PARTS = 1, SEGMENT = W * VECTORS;
     static constexpr bool SCALED = true, OFFSET = !TABLE;
+    static constexpr int FEW = FEW_ROWS;
+    static constexpr bool IN_PLACE = !TABLE;
 
     const Weight& weight;
     GroupScales scales;
     Table table;
     int64_t words;  // of a row
 
+    struct Row { const uint8_t* codes; const float *scales, *offsets; };
     struct Segment { VI words; VF scale[1], offset[1]; };
 
     explicit Words(const Plan& plan) : weight(plan.weight), scales(plan), table(load_table(table_of(plan))), words(weight.in / VECTORS) {}
@@ -90,35 +98,55 @@ template <int BITS, bool TABLE> struct Words {
     static constexpr int column(int i, int lane) { return lane * VECTORS + i; }
     static constexpr int part(int) { return 0; }
 
-    inline Segment segment(int64_t n, int64_t s) const {
-        Segment found;
-        const uint8_t* at = weight.codes + n * weight.row_bytes + s * W * 4;
-        const int64_t left = words - s * W;
-        found.words = left >= W ? load_words(at) : load_words_first(at, int(left));
-        found.scale[0] = scales.get(weight.scales, weight.scale_type, n, s);
+    int64_t row_floats() const { return 2 * scales.floats(); }
+
+    Row row(int64_t n, float* memory) const {
+        float* offsets = memory + scales.floats();
+        scales.fill(weight.scales, weight.scale_type, n, memory);
         if constexpr (OFFSET) {
-            if (weight.extra_type == NONE) found.offset[0] = mul(found.scale[0], set1(-float(1 << (BITS - 1))));
-            else if (weight.extra_type == UINT8) found.offset[0] = negate(mul(found.scale[0], scales.get(weight.extra, UINT8, n, s)));
-            else found.offset[0] = scales.get(weight.extra, weight.extra_type, n, s);
+            if (weight.extra_type == NONE || weight.extra_type == UINT8) {  // offset = -zero * scale
+                if (weight.extra_type == UINT8) scales.fill(weight.extra, UINT8, n, offsets);
+                for (int64_t g = 0; g < scales.floats(); g += W) {
+                    const VF zeros = weight.extra_type == UINT8 ? load(offsets + g) : set1(float(1 << (BITS - 1)));
+                    store(offsets + g, negate(mul(zeros, load(memory + g))));
+                }
+            } else {
+                scales.fill(weight.extra, weight.extra_type, n, offsets);
+            }
         }
+        return {weight.codes + n * weight.row_bytes, memory, offsets};
+    }
+    INLINE Segment segment(const Row& row, int64_t s) const {
+        Segment found;
+        const uint8_t* at = row.codes + s * W * 4;
+        const int64_t left = words - s * W;
+        __builtin_prefetch(at + COLUMNS * weight.row_bytes);  // the same place of the row that comes after these
+        found.words = left >= W ? load_words(at) : load_words_first(at, int(left));
+        found.scale[0] = scales.get(row.scales, s);
+        if constexpr (OFFSET) found.offset[0] = scales.get(row.offsets, s);
         return found;
     }
-    template <int I> inline VF raw(const Segment& segment) const {
+    template <int I> INLINE VF raw(const Segment& segment) const {
         const VI shifted = shift_right<I * BITS>(segment.words);
         if constexpr (TABLE || (BITS == 4 && TABLE_IS_FREE)) return look_up(table, shifted);
         else if constexpr (I == VECTORS - 1) return to_float(shifted);
         else return to_float(mask(shifted, (1 << BITS) - 1));
     }
+    static constexpr float in_place(int i) { return in_place_factor<BITS>(i); }
+    template <int I> INLINE VF raw_in_place(const Segment& segment) const { return code_in_place<BITS, I>(segment.words); }
 };
 
 // Floats of two bytes, column after column.
 template <bool BRAIN> struct Halves {
     static constexpr int VECTORS = 4, PARTS = 1, SEGMENT = W * VECTORS;
     static constexpr bool SCALED = false, OFFSET = false;
+    static constexpr int FEW = FEW_ROWS;
+    static constexpr bool IN_PLACE = false;
 
     const Weight& weight;
 
-    struct Segment { const uint16_t* at; int left; VF scale[1], offset[1]; };
+    struct Row { const uint16_t* at; };
+    struct Segment { const uint16_t* at; int left; };
 
     explicit Halves(const Plan& plan) : weight(plan.weight) {}
 
@@ -126,11 +154,14 @@ template <bool BRAIN> struct Halves {
     static constexpr int column(int i, int lane) { return i * W + lane; }
     static constexpr int part(int) { return 0; }
 
-    inline Segment segment(int64_t n, int64_t s) const {
+    int64_t row_floats() const { return 0; }
+    Row row(int64_t n, float*) const { return {reinterpret_cast<const uint16_t*>(weight.codes + n * weight.row_bytes)}; }
+
+    INLINE Segment segment(const Row& row, int64_t s) const {
         const int64_t left = weight.in - s * SEGMENT;
-        return {reinterpret_cast<const uint16_t*>(weight.codes + n * weight.row_bytes) + s * SEGMENT, int(left < SEGMENT ? left : SEGMENT), {}, {}};
+        return {row.at + s * SEGMENT, int(left < SEGMENT ? left : SEGMENT)};
     }
-    template <int I> inline VF raw(const Segment& segment) const {
+    template <int I> INLINE VF raw(const Segment& segment) const {
         const int left = segment.left - I * W;
         return BRAIN ? load_brain_halves(segment.at + I * W, left) : load_halves(segment.at + I * W, left);
     }

@@ -1,31 +1,23 @@
 // The loops over any format: out[m, n] = sum over k of x[m, k] * weight[n, k] + bias[n].
 //
+// Sums stay in registers only if every index of theirs is a constant, hence `unrolled` instead of plain loops.
+//
 // All sums run along k in the lanes of vectors and are added up across lanes at the end, so that weights are used in the
 // order in which they lie and x in the order that `prepare` gives it. By the number of rows of x:
 //   one            sum(raw * x) and sum(x) of a segment first, scale and offset once a segment
-//   up to MAX_ROWS a vector of weights is decoded into a register and used for every row
+//   up to FEW      a vector of weights is decoded into a register and used for every row
 //   more           a block of weights is decoded into the cache, then multiplied like floats, MAX_ROWS x 4 sums at a time
 #pragma once
 
 #include <algorithm>
 #include <cstdlib>
-#include <type_traits>
-#include <utility>
 
 #include "weight.h"
 
 namespace core_kernels { namespace {
 
-constexpr int COLUMNS = 4;           // rows of the weight, that is columns of out, at a time
 constexpr int BLOCK_COLUMNS = 32;    // decoded into the cache at a time ...
 constexpr int64_t BLOCK_FLOATS = 1024;  // ... so many floats of each
-
-template <class Body, int... I> inline __attribute__((always_inline)) void unroll(Body& body, std::integer_sequence<int, I...>) {
-    (body(std::integral_constant<int, I>{}), ...);
-}
-template <int N, class Body> inline __attribute__((always_inline)) void unrolled(Body&& body) {
-    unroll(body, std::make_integer_sequence<int, N>{});
-}
 
 template <class Format> bool setup(Plan& plan) {
     const Weight& weight = plan.weight;
@@ -47,19 +39,30 @@ template <class Format> int64_t sum_floats(const Plan& plan) { return Format::OF
 
 // x [rows, in] into the order of the codes; for one row the sums that offsets are multiplied with.
 template <class Format> void prepare(const Plan& plan, const float* x, int64_t rows, float* prepared, float* x_sums) {
-    const int64_t count = plan.vectors * W;
+    const int64_t whole = plan.weight.order ? 0 : plan.weight.in / Format::SEGMENT;  // segments without a gap
     for (int64_t m = 0; m < rows; m++) {
         const float* from = x + m * plan.weight.in;
         float* to = prepared + m * plan.x_stride;
-        for (int64_t at = 0; at < count; at++) to[at] = plan.columns[at] < 0 ? 0.0f : from[plan.columns[at]];
+        for (int64_t s = 0; s < whole; s++)
+            for (int i = 0; i < Format::VECTORS; i++)
+                for (int lane = 0; lane < W; lane++)
+                    to[(s * Format::VECTORS + i) * W + lane] = from[s * Format::SEGMENT + Format::column(i, lane)];
+        for (int64_t at = whole * Format::SEGMENT; at < plan.vectors * W; at++)
+            to[at] = plan.columns[at] < 0 ? 0.0f : from[plan.columns[at]];
     }
-    if (!Format::OFFSET || rows != 1) return;
-    for (int64_t s = 0; s < plan.segments; s++) {
+    if (rows != 1) return;
+    for (int64_t s = 0; Format::OFFSET && s < plan.segments; s++) {
         VF total[Format::PARTS];
         for (auto& one : total) one = zero();
         for (int i = 0; i < Format::VECTORS; i++)
             total[Format::part(i)] = add(total[Format::part(i)], load(prepared + (s * Format::VECTORS + i) * W));
         for (int part = 0; part < Format::PARTS; part++) store(x_sums + (s * Format::PARTS + part) * W, total[part]);
+    }
+    if constexpr (Format::IN_PLACE) {
+        for (int64_t at = 0; at < plan.vectors; at++) {
+            const float factor = 1.0f / Format::in_place(int(at % Format::VECTORS));
+            store(prepared + at * W, mul(load(prepared + at * W), set1(factor)));
+        }
     }
 }
 
@@ -73,14 +76,32 @@ template <class Sums> inline void write(const Plan& plan, float* out, int64_t n,
     }
 }
 
+// Memory of one worker thread, which only grows.
+inline float* worker_memory(int64_t floats) {
+    struct Memory {
+        float* at = nullptr;
+        int64_t floats = 0;
+        ~Memory() { std::free(at); }
+    };
+    static thread_local Memory memory;
+    if (floats > memory.floats) {
+        std::free(memory.at);
+        memory.floats = (floats + 1023) / 1024 * 1024;
+        memory.at = static_cast<float*>(std::aligned_alloc(64, size_t(memory.floats) * sizeof(float)));
+        if (!memory.at) std::abort();  // a few hundred kilobytes; there is nobody to tell
+    }
+    return memory.at;
+}
+
 // -------------------------------------------------------------------------------------------------- one row
 
 template <class Format> void one_row(const Plan& plan, const Call& call, int64_t first, int64_t last) {
     const Format format(plan);
+    float* memory = worker_memory(COLUMNS * format.row_floats());
     for (int64_t n = first; n < last; n += COLUMNS) {
         VF total[COLUMNS];
-        int64_t row[COLUMNS];
-        for (int c = 0; c < COLUMNS; c++) total[c] = zero(), row[c] = std::min(n + c, last - 1);
+        typename Format::Row row[COLUMNS];
+        unrolled<COLUMNS>([&](auto c) { total[c] = zero(), row[c] = format.row(std::min(n + c, last - 1), memory + c * format.row_floats()); });
         for (int64_t s = 0; s < plan.segments; s++) {
             const float* x = call.x + s * Format::VECTORS * W;
             const float* x_sum = Format::OFFSET ? call.x_sum + s * Format::PARTS * W : nullptr;
@@ -90,10 +111,11 @@ template <class Format> void one_row(const Plan& plan, const Call& call, int64_t
                     unrolled<Format::VECTORS>([&](auto i) { total[c] = fma(format.template raw<i>(segment), load(x + i * W), total[c]); });
                 } else {
                     VF part[Format::PARTS];
-                    for (auto& one : part) one = zero();
+                    unrolled<Format::PARTS>([&](auto p) { part[p] = zero(); });
                     unrolled<Format::VECTORS>([&](auto i) {
                         constexpr int p = Format::part(i);
-                        part[p] = fma(format.template raw<i>(segment), load(x + i * W), part[p]);
+                        if constexpr (Format::IN_PLACE) part[p] = fma(format.template raw_in_place<i>(segment), load(x + i * W), part[p]);
+                        else part[p] = fma(format.template raw<i>(segment), load(x + i * W), part[p]);
                     });
                     unrolled<Format::PARTS>([&](auto p) {
                         total[c] = fma(part[p], segment.scale[p], total[c]);
@@ -108,7 +130,7 @@ template <class Format> void one_row(const Plan& plan, const Call& call, int64_t
 
 // -------------------------------------------------------------------------------------------------- few rows
 
-template <int I, class Format, class Segment> inline __attribute__((always_inline)) VF decoded(const Format& format, const Segment& segment) {
+template <int I, class Format, class Segment> INLINE VF decoded(const Format& format, const Segment& segment) {
     const VF raw = format.template raw<I>(segment);
     if constexpr (!Format::SCALED) return raw;
     else if constexpr (Format::OFFSET) return fma(raw, segment.scale[Format::part(I)], segment.offset[Format::part(I)]);
@@ -117,14 +139,16 @@ template <int I, class Format, class Segment> inline __attribute__((always_inlin
 
 template <class Format, int ROWS> void few_rows(const Plan& plan, const Call& call, int64_t first, int64_t last) {
     const Format format(plan);
+    float* memory = worker_memory(COLUMNS * format.row_floats());
     for (int64_t n = first; n < last; n += COLUMNS) {
         VF total[ROWS][COLUMNS];
-        int64_t row[COLUMNS];
-        for (int c = 0; c < COLUMNS; c++) row[c] = std::min(n + c, last - 1);
-        for (auto& one : total) for (auto& sum : one) sum = zero();
+        typename Format::Row row[COLUMNS];
+        unrolled<COLUMNS>([&](auto c) { row[c] = format.row(std::min(n + c, last - 1), memory + c * format.row_floats()); });
+        unrolled<ROWS * COLUMNS>([&](auto i) { total[i / COLUMNS][i % COLUMNS] = zero(); });
         for (int64_t s = 0; s < plan.segments; s++) {
             const float* x = call.x + s * Format::VECTORS * W;
             unrolled<COLUMNS>([&](auto c) {
+                asm volatile("" ::: "memory");  // read x again for each column: kept in registers it would push out the sums
                 const auto segment = format.segment(row[c], s);
                 unrolled<Format::VECTORS>([&](auto i) {
                     const VF weight = decoded<i>(format, segment);
@@ -132,8 +156,9 @@ template <class Format, int ROWS> void few_rows(const Plan& plan, const Call& ca
                 });
             });
         }
-        for (int m = 0; m < ROWS; m++)
+        unrolled<ROWS>([&](auto m) {
             write(plan, call.out + m * plan.weight.out, n, last, sums(total[m][0], total[m][1], total[m][2], total[m][3]), true);
+        });
     }
 }
 
@@ -142,7 +167,7 @@ template <class Format, int ROWS> void few_rows(const Plan& plan, const Call& ca
 // weights [steps][COLUMNS][W] as decoded, x [ROWS] rows of it: ROWS x COLUMNS sums over steps.
 template <int ROWS> void tile(const Plan& plan, const float* weights, const float* x, int64_t steps, float* out, int64_t n, int64_t last, bool first_block) {
     VF total[ROWS][COLUMNS];
-    for (auto& one : total) for (auto& sum : one) sum = zero();
+    unrolled<ROWS * COLUMNS>([&](auto i) { total[i / COLUMNS][i % COLUMNS] = zero(); });
     for (int64_t step = 0; step < steps; step++) {
         if constexpr (ROWS > COLUMNS) {  // hold what is fewer in registers
             VF held[COLUMNS];
@@ -160,8 +185,9 @@ template <int ROWS> void tile(const Plan& plan, const float* weights, const floa
             });
         }
     }
-    for (int m = 0; m < ROWS; m++)
+    unrolled<ROWS>([&](auto m) {
         write(plan, out + m * plan.weight.out, n, last, sums(total[m][0], total[m][1], total[m][2], total[m][3]), first_block);
+    });
 }
 
 template <int ROWS> void tile_of(int rows, const Plan& plan, const float* weights, const float* x, int64_t steps, float* out, int64_t n, int64_t last, bool first_block) {
@@ -170,9 +196,9 @@ template <int ROWS> void tile_of(int rows, const Plan& plan, const float* weight
 }
 
 // COLUMNS rows of the weight from n on, segments [from, to): [steps][COLUMNS][W].
-template <class Format> void decode(const Format& format, int64_t n, int64_t last, int64_t from, int64_t to, float* weights) {
+template <class Format> void decode(const Format& format, int64_t n, int64_t last, int64_t from, int64_t to, float* weights, float* memory) {
     for (int c = 0; c < COLUMNS; c++) {
-        const int64_t row = std::min(n + c, last - 1);
+        const auto row = format.row(std::min(n + c, last - 1), memory);
         for (int64_t s = from; s < to; s++) {
             const auto segment = format.segment(row, s);
             float* at = weights + ((s - from) * Format::VECTORS * COLUMNS + c) * W;
@@ -181,18 +207,10 @@ template <class Format> void decode(const Format& format, int64_t n, int64_t las
     }
 }
 
-inline float* block_memory() {
-    struct Memory {
-        float* at = static_cast<float*>(std::aligned_alloc(64, BLOCK_COLUMNS * BLOCK_FLOATS * sizeof(float)));
-        ~Memory() { std::free(at); }
-    };
-    static thread_local Memory memory;
-    return memory.at;
-}
-
 template <class Format> void many_rows(const Plan& plan, const Call& call, int64_t first, int64_t last) {
     const Format format(plan);
-    float* weights = block_memory();
+    float* weights = worker_memory(BLOCK_COLUMNS * BLOCK_FLOATS + format.row_floats());
+    float* memory = weights + BLOCK_COLUMNS * BLOCK_FLOATS;
     const int64_t tiles = (call.rows + MAX_ROWS - 1) / MAX_ROWS;  // rows are shared out evenly: 16 as 6, 5, 5
     const int64_t per_block = std::max<int64_t>(1, BLOCK_FLOATS / Format::SEGMENT);
     const int64_t blocks = (plan.segments + per_block - 1) / per_block;
@@ -201,7 +219,7 @@ template <class Format> void many_rows(const Plan& plan, const Call& call, int64
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t from = plan.segments * block / blocks, to = plan.segments * (block + 1) / blocks;
             const int64_t steps = (to - from) * Format::VECTORS, floats = steps * COLUMNS * W;
-            for (int64_t c = n; c < end; c += COLUMNS) decode(format, c, end, from, to, weights + (c - n) / COLUMNS * floats);
+            for (int64_t c = n; c < end; c += COLUMNS) decode(format, c, end, from, to, weights + (c - n) / COLUMNS * floats, memory);
             for (int64_t t = 0; t < tiles; t++) {
                 const int64_t m = call.rows * t / tiles, rows = call.rows * (t + 1) / tiles - m;
                 const float* x = call.x + m * plan.x_stride + from * Format::VECTORS * W;
@@ -215,13 +233,13 @@ template <class Format> void many_rows(const Plan& plan, const Call& call, int64
 // -------------------------------------------------------------------------------------------------- by rows
 
 template <class Format, int ROWS> void few_rows_of(const Plan& plan, const Call& call, int64_t first, int64_t last) {
-    if (call.rows == ROWS) return few_rows<Format, ROWS>(plan, call, first, last);
+    if constexpr (ROWS > 1) if (call.rows == ROWS) return few_rows<Format, ROWS>(plan, call, first, last);
     if constexpr (ROWS > 2) few_rows_of<Format, ROWS - 1>(plan, call, first, last);
 }
 
 template <class Format> void multiply(const Plan& plan, const Call& call, int64_t first, int64_t last) {
     if (call.rows == 1) one_row<Format>(plan, call, first, last);
-    else if (call.rows <= MAX_ROWS) few_rows_of<Format, MAX_ROWS>(plan, call, first, last);
+    else if (call.rows <= Format::FEW) few_rows_of<Format, Format::FEW>(plan, call, first, last);
     else many_rows<Format>(plan, call, first, last);
 }
 
@@ -237,6 +255,18 @@ inline const Packing* find(int32_t packing_id) {
         case TABLE4: return packing<Words<4, true>>();
         case HALF: return packing<Halves<false>>();
         case BRAIN_HALF: return packing<Halves<true>>();
+        case Q4_0: return packing<Nibbles<2, false>>();
+        case Q4_1: return packing<Nibbles<4, false>>();
+        case IQ4_NL: return packing<Nibbles<2, true>>();
+        case Q5_0: return packing<Blocks<Q5<2>>>();
+        case Q5_1: return packing<Blocks<Q5<4>>>();
+        case Q8_0: return packing<Blocks<Q8>>();
+        case Q2_K: return packing<Blocks<Q2K>>();
+        case Q3_K: return packing<Blocks<Q3K>>();
+        case Q4_K: return packing<Blocks<Q45K<false>>>();
+        case Q5_K: return packing<Blocks<Q45K<true>>>();
+        case Q6_K: return packing<Blocks<Q6K>>();
+        case IQ4_XS: return packing<Blocks<IQ4XS>>();
     }
     return nullptr;
 }

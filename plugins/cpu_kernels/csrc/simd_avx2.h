@@ -11,6 +11,7 @@ namespace core_kernels { namespace {
 
 constexpr int W = 8;
 constexpr int MAX_ROWS = 3;  // rows of x at once: 3 x 4 sums, 3 x and one weight are all 16 registers
+constexpr int FEW_ROWS = 2;  // beside weights that are being decoded
 
 using VF = __m256;
 using VI = __m256i;
@@ -69,8 +70,6 @@ inline VF load_brain_halves(const uint16_t* p, int count) {
     for (int i = 0; i < count; i++) part[i] = p[i];
     return brain(_mm_loadu_si128((const __m128i*)part));
 }
-inline VF load_int8(const int8_t* p) { return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
-
 // `count` numbers of `size` bytes, at most 16 bytes in all, the rest zero.
 inline __m128i load_few(const void* p, int count, int size) {
     switch (count * size) {
@@ -88,6 +87,31 @@ inline VF load_scales(const void* base, int64_t index, int count, int32_t type) 
     if (type == UINT8) return to_float(_mm256_cvtepu8_epi32(load_few(static_cast<const uint8_t*>(base) + index, count, 1)));
     const __m128i raw = load_few(static_cast<const uint16_t*>(base) + index, count, 2);
     return type == FLOAT16 ? _mm256_cvtph_ps(raw) : brain(raw);
+}
+
+
+// ---- GGML's blocks
+
+using Bytes = __m256i;  // 32 codes
+template <int FROM> inline VF signed_bytes(Bytes v) {
+    const __m128i half = _mm256_extracti128_si256(v, FROM / 16);
+    return to_float(_mm256_cvtepi8_epi32(FROM % 16 ? _mm_srli_si128(half, 8) : half));
+}
+constexpr int BLOCKS = 2;  // of 4 words
+
+// 16 bytes of each of the `count` blocks of `size` bytes; the words of missing ones are zero.
+inline VI load_blocks(const uint8_t* at, int size, int count) {
+    const __m128i second = count > 1 ? _mm_loadu_si128((const __m128i*)(at + size)) : _mm_setzero_si128();
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)at)), second, 1);
+}
+// Two halves at the start of each block: the first and the second of block b in lanes 4b to 4b + 3.
+inline void load_block_halves(const uint8_t* at, int size, int count, VF& first, VF& second) {
+    int pairs[2] = {0, 0};
+    memcpy(&pairs[0], at, 4);
+    if (count > 1) memcpy(&pairs[1], at + size, 4);
+    const VF found = _mm256_castps128_ps256(_mm_cvtph_ps(_mm_setr_epi32(pairs[0], pairs[1], 0, 0)));
+    first = permute(found, _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2));
+    second = permute(found, _mm256_setr_epi32(1, 1, 1, 1, 3, 3, 3, 3));
 }
 
 }}  // namespace core_kernels

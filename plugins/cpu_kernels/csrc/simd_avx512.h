@@ -9,6 +9,7 @@ namespace core_kernels { namespace {
 
 constexpr int W = 16;
 constexpr int MAX_ROWS = 6;  // rows of x at once: 6 x 4 sums, 4 weights and one x are 29 of 32 registers
+constexpr int FEW_ROWS = 4;  // beside weights that are being decoded
 
 using VF = __m512;
 using VI = __m512i;
@@ -23,9 +24,10 @@ inline VF add(VF a, VF b) { return _mm512_add_ps(a, b); }
 inline VF negate(VF a) { return _mm512_sub_ps(zero(), a); }
 inline float sum(VF v) { return _mm512_reduce_add_ps(v); }
 
+inline __m256 fold(VF v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+
 // The sums of four vectors.
 inline __m128 sums(VF a, VF b, VF c, VF d) {
-    const auto fold = [](VF v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); };
     const __m256 ab = _mm256_hadd_ps(fold(a), fold(b)), cd = _mm256_hadd_ps(fold(c), fold(d));
     const __m256 all = _mm256_hadd_ps(ab, cd);
     return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
@@ -72,6 +74,26 @@ inline VF load_brain_halves(const uint16_t* p, int count) {
     const __m256i raw = count >= W ? _mm256_loadu_si256((const __m256i*)p) : _mm256_maskz_loadu_epi16(first_lanes(count), p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
 }
-inline VF load_int8(const int8_t* p) { return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+
+// ---- GGML's blocks
+
+using Bytes = __m256i;  // 32 codes
+template <int FROM> inline VF signed_bytes(Bytes v) { return to_float(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(v, FROM / 16))); }
+constexpr int BLOCKS = 4;  // of 4 words
+
+// 16 bytes of each of the `count` blocks of `size` bytes; the words of missing ones are zero.
+inline VI load_blocks(const uint8_t* at, int size, int count) {
+    const auto one = [&](int b) { return b < count ? _mm_loadu_si128((const __m128i*)(at + b * size)) : _mm_setzero_si128(); };
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(one(0)), one(1), 1);
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(one(2)), one(3), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+// Two halves at the start of each block: the first and the second of block b in lanes 4b to 4b + 3.
+inline void load_block_halves(const uint8_t* at, int size, int count, VF& first, VF& second) {
+    const auto one = [&](int b) { int v = 0; if (b < count) __builtin_memcpy(&v, at + b * size, 4); return v; };
+    const VF pairs = _mm512_castps256_ps512(_mm256_cvtph_ps(_mm_setr_epi32(one(0), one(1), one(2), one(3))));
+    first = permute(pairs, _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6));
+    second = permute(pairs, _mm512_setr_epi32(1, 1, 1, 1, 3, 3, 3, 3, 5, 5, 5, 5, 7, 7, 7, 7));
+}
 
 }}  // namespace core_kernels

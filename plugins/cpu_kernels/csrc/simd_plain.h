@@ -7,6 +7,7 @@ namespace core_kernels { namespace {
 
 constexpr int W = 4;
 constexpr int MAX_ROWS = 2;
+constexpr int FEW_ROWS = 2;
 
 typedef float VF __attribute__((vector_size(16)));
 typedef int32_t VI __attribute__((vector_size(16)));
@@ -63,7 +64,30 @@ inline VF load_brain_halves(const uint16_t* p, int count) {
     for (int i = 0; i < W && i < count; i++) v[i] = brain_half_to_float(p[i]);
     return v;
 }
-inline VF load_int8(const int8_t* p) { return VF{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
-inline VF load_scales(const void*, int64_t, int, int32_t) { return zero(); }  // of HAS_PERMUTE only
+inline VF load_scales(const void* base, int64_t index, int count, int32_t type) {
+    VF v = zero();
+    for (int i = 0; i < W && i < count; i++) {
+        if (type == FLOAT32) v[i] = static_cast<const float*>(base)[index + i];
+        else if (type == UINT8) v[i] = static_cast<const uint8_t*>(base)[index + i];
+        else if (type == FLOAT16) v[i] = half_to_float(static_cast<const uint16_t*>(base)[index + i]);
+        else v[i] = brain_half_to_float(static_cast<const uint16_t*>(base)[index + i]);
+    }
+    return v;
+}
+
+// ---- GGML's blocks
+
+struct Bytes { int8_t at[32]; };  // 32 codes
+template <int FROM> inline VF signed_bytes(const Bytes& v) {
+    return VF{float(v.at[FROM]), float(v.at[FROM + 1]), float(v.at[FROM + 2]), float(v.at[FROM + 3])};
+}
+constexpr int BLOCKS = 1;  // of 4 words
+
+inline VI load_blocks(const uint8_t* at, int, int) { return load_words(at); }
+inline void load_block_halves(const uint8_t* at, int, int, VF& first, VF& second) {
+    uint16_t pair[2];
+    __builtin_memcpy(pair, at, 4);
+    first = set1(half_to_float(pair[0])), second = set1(half_to_float(pair[1]));
+}
 
 }}  // namespace core_kernels

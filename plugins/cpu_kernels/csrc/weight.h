@@ -6,9 +6,15 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
+#define INLINE inline __attribute__((always_inline))
+
 namespace core_kernels {
+
+constexpr int COLUMNS = 4;  // rows of the weight, that is columns of out, at a time
 
 enum FloatType : int32_t { NONE = 0, UINT8 = 1, FLOAT16 = 2, BFLOAT16 = 3, FLOAT32 = 4 };
 
@@ -38,7 +44,7 @@ struct Plan {
     ScaleMode mode = BROADCAST;
     int64_t groups = 0;              // a row
     int64_t groups_per_segment = 0;  // PERMUTE
-    std::vector<int32_t> group_of;   // BROADCAST [segments], BY_LANE [segments * lanes] (-1: no such column)
+    std::vector<int32_t> group_of;   // BROADCAST [segments], BY_LANE [segments * lanes] (groups: no such column)
     std::vector<int32_t> lanes;      // PERMUTE [lanes]: which of the segment's groups
 };
 
@@ -63,8 +69,19 @@ struct InstructionSet {
     const Packing* (*find)(int32_t packing);  // null: none
 };
 
-// Numbers of packings; mirrored by core_cpu_kernels/packings.py. GGML's are 100 + ggml_type.
-enum PackingId : int32_t { AFFINE4 = 1, AFFINE8 = 2, TABLE4 = 3, HALF = 4, BRAIN_HALF = 5, GGML = 100 };
+// Numbers of packings; mirrored by core_cpu_kernels/kernels.py. GGML's are 100 + ggml_type.
+enum PackingId : int32_t {
+    AFFINE4 = 1, AFFINE8 = 2, TABLE4 = 3, HALF = 4, BRAIN_HALF = 5,
+    Q4_0 = 102, Q4_1 = 103, Q5_0 = 106, Q5_1 = 107, Q8_0 = 108,
+    Q2_K = 110, Q3_K = 111, Q4_K = 112, Q5_K = 113, Q6_K = 114, IQ4_NL = 120, IQ4_XS = 123,
+};
+
+template <class Body, int... I> INLINE void unroll(Body& body, std::integer_sequence<int, I...>) {
+    (body(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class Body> INLINE void unrolled(Body&& body) {
+    unroll(body, std::make_integer_sequence<int, N>{});
+}
 
 inline float half_to_float(uint16_t h) {
     const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3ff;

@@ -2,6 +2,7 @@
 
 import copy
 
+import gguf
 import pytest
 import torch
 from core_cpu_kernels.kernels import CpuKernels
@@ -9,11 +10,15 @@ from core_cpu_kernels.library import Library
 from torch import nn
 
 from core.errors import CoreError, PluginError
-from core.layers import AffineTensor, Linear, TableTensor, pack_linears
+from core.layers import AffineTensor, Linear, QuantizedTensor, TableTensor, pack_linears
 
 BOUND = 2e-6  # relative, by norm: what accumulation in float32 explains
-ROWS = [1, 2, 3, 4, 5, 6, 7, 13, 16, 33, 64, 129, 512]
+ROWS = [1, 2, 3, 4, 5, 6, 7, 13, 33, 129, 512]
 NF4 = (-1.0, -0.69, -0.52, -0.39, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16, 0.24, 0.33, 0.44, 0.56, 0.72, 1.0)
+HALVES_AT = {  # where a block keeps its scale and its min
+    **{"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,)},
+    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)},
+}
 
 
 def available():
@@ -62,6 +67,29 @@ def table(out, size, group, dtype=torch.float32):
     return TableTensor(parts, size, torch.float32, group_size=group, table=NF4)
 
 
+class GgmlTensor(QuantizedTensor):
+    """Blocks of a GGUF file, decoded by the `gguf` package."""
+
+    @property
+    def packing(self):
+        return f"ggml:{self.settings['kind']}"
+
+    def decode(self):
+        kind = gguf.GGMLQuantizationType[self.settings["kind"]]
+        return torch.from_numpy(gguf.quants.dequantize(self.parts["blocks"].numpy(), kind)).float()
+
+
+def ggml(kind, out, size, seed=0):
+    """Random bytes, but for the halves that scale a block: those are small and of either sign."""
+    columns, size_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    made = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(0, 256, (out, size // columns, size_bytes), dtype=torch.uint8, generator=made)
+    for at in HALVES_AT[kind]:
+        scale = torch.randn(out, size // columns, 1, generator=made).mul(0.01).half()
+        blocks[..., at : at + 2] = scale.view(torch.uint8)
+    return GgmlTensor({"blocks": blocks.view(out, -1)}, size, torch.float32, kind=kind)
+
+
 def assert_right(kernels, weight, rows, bias=None, bound=BOUND):
     """Compare with float64; every row that the kernel was not asked for must stay as it was."""
     linear = kernels.linear(weight, bias)
@@ -104,6 +132,12 @@ def test_columns_in_another_order(kernels, bits):
 def test_tables_of_16_values(kernels, size, group):
     for dtype in (torch.float32, torch.float16):
         assert_right(kernels, table(37, size, group, dtype), [1, 2, 6, 11, 40])
+
+
+@pytest.mark.parametrize("kind", HALVES_AT)
+def test_blocks_of_gguf_files(kernels, kind):
+    for size in (256, 768) if kind.endswith(("_K", "_XS")) else (32, 64, 96, 576):
+        assert_right(kernels, ggml(kind, 37, size), [1, 2, 3, 4, 5, 11, 40])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -106,6 +106,17 @@ def test_no_matrix_becomes_floats_nor_does_the_tied_head(quantized_file, impl):
     assert all(isinstance(weight, QuantizedTensor) for weight in weights.values())
 
 
+def test_the_cpu_kernels_multiply_with_every_type_as_it_lies(quantized_file):
+    kernels = pytest.importorskip("core_cpu_kernels.kernels").CpuKernels()
+    x = torch.randn(5, SIZE, generator=torch.Generator().manual_seed(0))
+    checkpoint = GGUFCheckpoint.open(quantized_file("llama", ALL))
+    for name, weight in checkpoint.quantized_tensors(torch.float32):
+        if isinstance(weight, GGMLTensor):
+            kernel = kernels.linear(weight, None)
+            assert kernel is not None, weight.packing
+            assert torch.allclose(kernel(x), weight.linear(x), atol=1e-4), (name, weight.packing)
+
+
 def test_gguf_floats_gives_floats(quantized_file):
     path = quantized_file("llama", ["Q4_1"])
     weights = _weights_of(path, "native_llama", quantization="gguf-floats")

@@ -1,5 +1,7 @@
 """What a module asks of attention is honoured or refused by layer and argument; nothing is dropped."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -47,12 +49,13 @@ def test_attention_is_grouped_causal_attention(model):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"alibi": torch.ones(4)}, "Layer layer passes 'alibi'"),
-        ({"head_mask": torch.ones(4)}, "Layer layer passes 'head_mask'"),
-        ({"dropout": 0.1}, "Layer layer asks for dropout 0.1"),
-        ({"mask": torch.zeros(1, 1, 5, 5)}, "Layer layer brings a mask of its own"),
-        ({"mask": Mask(unknown="its mask is odd")}, "Layer layer: its mask is odd"),
-        ({"batch": 2}, "Layer layer attends with a batch of 2"),
+        ({"alibi": torch.ones(4)}, "Layer layer of Calls passes 'alibi'"),
+        ({"position_bias": torch.zeros(1, 4, 5, 5)}, "Layer layer of Calls passes 'position_bias'"),
+        ({"head_mask": torch.ones(4)}, "Layer layer of Calls passes 'head_mask'"),
+        ({"dropout": 0.1}, "Layer layer of Calls asks for dropout 0.1"),
+        ({"mask": torch.zeros(1, 1, 5, 5)}, "Layer layer of Calls brings a mask of its own"),
+        ({"mask": Mask(unknown="its mask is odd")}, "Layer layer of Calls: its mask is odd"),
+        ({"batch": 2}, "Layer layer of Calls attends with a batch of 2"),
     ],
 )
 def test_what_it_would_drop_is_refused_by_name(model, arguments, named):
@@ -89,7 +92,7 @@ def test_a_layer_that_attends_more_often_than_at_load_is_refused(model):
     model.binding.recording = False
     model.binding._calls.clear()
     model.binding.batch = None
-    with pytest.raises(UnsupportedAttention, match=r"Layer layer attends for the 1\. time"):
+    with pytest.raises(UnsupportedAttention, match=r"Layer layer of Calls attends for the 1\. time"):
         model.attend()
 
 
@@ -97,6 +100,21 @@ def test_keys_of_the_modules_own_are_refused(model):
     q, k = torch.zeros(1, 4, 2, 8), torch.zeros(1, 2, 7, 8)
     attention(model.layer, q, k, k, None)
     assert "2 queries over 7 keys: it keeps state of its own" in model.binding.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "arguments", "named"),
+    [
+        (((4, 8), (2, 8), (1, 8)), {}, "Layer layer of Calls has 2 heads of K and 1 of V"),
+        (((3, 8), (2, 8), (2, 8)), {}, "Layer layer of Calls attends with 3 query heads of width 8 over 2 K heads"),
+        (((4, 8), (2, 6), (2, 8)), {}, "Layer layer of Calls attends with 4 query heads of width 8 over 2 K heads"),
+        (((4, 8), (2, 8), (2, 8)), {"s_aux": torch.ones(2)}, r"Layer layer of Calls passes 's_aux' of shape \[2\]"),
+    ],
+)
+def test_heads_that_fit_no_attention_are_refused_by_name(model, shapes, arguments, named):
+    q, k, v = (torch.zeros(1, heads, 5, width) for heads, width in shapes)
+    attention(model.layer, q, k, v, None, **arguments)
+    assert re.match(named, model.binding.problems[0])
 
 
 def test_a_mask_made_with_a_foreign_config_is_refused():

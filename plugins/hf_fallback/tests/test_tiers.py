@@ -1,14 +1,20 @@
 """Each architecture is served by the fastest tier that is right for it, and answers like `generate`."""
 
+from importlib.metadata import version
+
 import pytest
 
 from core import LLM, SamplingParams
 from core.errors import NoImplementation
 from core.testing import assert_matches_transformers, tiny_checkpoint
+from core_hf_fallback import versions
 
+OLDEST = versions.major_minor(version("transformers")) == versions.OLDEST
 TIERS = {
     "gpt2": "paged",  # learned positions
-    "gemma2": "paged",  # softcap, and a window in every second layer
+    # Softcap, and a window in every second layer. The sdpa attention of the oldest transformers drops the softcap, and
+    # so does its generate; the paged tier does not.
+    "gemma2": "rows" if OLDEST else "paged",
     "gpt_oss": "paged",  # sinks
     "mixtral": "paged",  # experts
     "olmo3": "paged",  # windows by layer
@@ -21,14 +27,6 @@ TIERS = {
 def test_a_model_is_served_by_its_tier_and_answers_like_transformers(model_type):
     served_by = assert_matches_transformers(model_type, "transformers", max_tokens=6)
     assert served_by.split()[0] == f"transformers/{TIERS[model_type]}"  # rows adds how it groups texts
-
-
-def test_a_dynamic_rope_goes_by_each_texts_own_length():
-    # Prompts of 1 to 23 tokens run together; the config states 16 positions.
-    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
-    overrides = {"max_position_embeddings": 16, "rope_parameters": rope}
-    served_by = assert_matches_transformers("llama", "transformers", overrides=overrides)
-    assert served_by == "transformers/cache"
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from core.cli import run
 from core.config import EngineConfig
 from core.errors import CheckpointError, ConfigError
 from core.layers import AffineTensor
 from core.plugins import PluginHost
 from core.testing import assert_matches_dequantized, packed_checkpoint, tiny_checkpoint
+from core.verify import verify
 from core.weights import HFCheckpoint
 from core_quant_awq.method import AwqMethod
 from core_quant_awq.settings import AwqSettings
@@ -147,7 +149,12 @@ def test_the_fallback_serves_it_with_the_same_tokens(awq_llama):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "served_by"), [("mixtral", "paged"), ("qwen3_moe", "paged"), ("qwen3_5_text", "rows")]
+    ("model_type", "served_by"),
+    [
+        ("mixtral", "paged"),
+        ("qwen3_5_text", "rows"),
+        pytest.param("qwen3_moe", "paged", marks=pytest.mark.slow),
+    ],
 )
 def test_experts_and_models_with_state_answer_as_their_dequantized_weights_do(tmp_path, model_type, served_by):
     source = tiny_checkpoint(model_type, tmp_path / "floats", **SIZES)
@@ -160,7 +167,6 @@ def test_modules_left_in_floats_stay_so(tmp_path, llama):
     assert not isinstance(read(folder, "model.layers.0.self_attn.q_proj.weight"), AffineTensor)
     assert isinstance(read(folder, "model.layers.0.self_attn.k_proj.weight"), AffineTensor)
     assert assert_matches_dequantized(folder) == "native_llama"
-    assert assert_matches_dequantized(folder, "transformers") == "transformers/paged"
 
 
 def test_embeddings_tied_to_the_head_stay_tied(tmp_path):
@@ -168,6 +174,17 @@ def test_embeddings_tied_to_the_head_stay_tied(tmp_path):
     folder = awq_checkpoint(tmp_path / "awq", source)
     assert assert_matches_dequantized(folder) == "native_llama"
     assert assert_matches_dequantized(folder, "transformers") == "transformers/paged"
+
+
+def test_verify_compares_with_the_dequantized_weights(awq_llama):
+    report = verify(awq_llama, device="cpu", dtype="float32")
+    assert report.passed, report.problems
+    assert report.layers
+
+
+def test_explain_names_the_method(awq_llama, capsys):
+    assert run(["explain", str(awq_llama)]) == 0
+    assert "quantization: awq" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ refusals

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,9 @@ from core.layers import AffineTensor, QuantizedTensor, TableTensor
 from core_cpu_kernels.library import Library, Weight, wanted_instruction_set
 
 PACKINGS = {"affine4": 1, "affine8": 2, "table4": 3, torch.float16: 4, torch.bfloat16: 5}
+GGML = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+GGML_PACKINGS = dict(zip(GGML, (102, 103, 106, 107, 108, 110, 111, 112, 113, 114, 120, 123), strict=True))
+GGML_PACKINGS |= {"F16": PACKINGS[torch.float16], "BF16": PACKINGS[torch.bfloat16]}  # halves are just halves
 TYPES = {torch.uint8: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -57,7 +59,9 @@ class KernelFunction:
             x = x.detach().contiguous()
         *leading, width = x.shape
         if width != self.in_features or x.device.type != "cpu":
-            raise CoreError(f"This linear takes [..., {self.in_features}] on the CPU, not {list(x.shape)} on {x.device}.")
+            raise CoreError(
+                f"This linear takes [..., {self.in_features}] on the CPU, not {list(x.shape)} on {x.device}."
+            )
         out = x.new_empty((*leading, self.out_features))
         rows = x.numel() // width
         if rows and self._linear(self._made, x.data_ptr(), out.data_ptr(), rows):
@@ -82,7 +86,17 @@ def _describe(weight: Tensor) -> tuple[Weight, dict[str, Tensor]] | None:
         return _plain(weight.detach())
     if isinstance(weight, AffineTensor | TableTensor) and weight.packing in PACKINGS:
         return _grouped(weight)
+    if isinstance(weight, QuantizedTensor) and weight.packing.startswith("ggml:"):
+        return _blocks(weight)
     return None
+
+
+def _blocks(weight: QuantizedTensor) -> tuple[Weight, dict[str, Tensor]] | None:
+    """GGML's blocks as a GGUF file has them: one part, uint8 [out, bytes of a row]."""
+    packing, blocks = GGML_PACKINGS.get(weight.packing.removeprefix("ggml:")), weight.parts.get("blocks")
+    if packing is None or blocks is None or blocks.dtype != torch.uint8 or not blocks.is_contiguous():
+        return None
+    return _spec(weight, packing, blocks, blocks.shape[-1]), {"blocks": blocks}
 
 
 def _plain(weight: Tensor) -> tuple[Weight, dict[str, Tensor]] | None:
@@ -115,5 +129,3 @@ def _spec(weight: Tensor, packing: int, codes: Tensor, row_bytes: int) -> Weight
     out, in_ = weight.shape
     spec = Weight(out=out, in_=in_, row_bytes=row_bytes, codes=codes.data_ptr(), packing=packing)
     return spec
-
-

@@ -82,7 +82,9 @@ def _load() -> ctypes.CDLL:
     path = library_path()
     functions = ctypes.CDLL(str(path))
     if functions.core_kernels_abi() != ABI:
-        raise PluginError(f"{path} was built from other sources than this package. Install core-serve-cpu-kernels again.")
+        raise PluginError(
+            f"{path} was built from other sources than this package. Install core-serve-cpu-kernels again."
+        )
     functions.core_kernels_instruction_set.argtypes = [ctypes.c_char_p]
     functions.core_kernels_instruction_set.restype = ctypes.c_void_p
     functions.core_kernels_name.argtypes = [ctypes.c_void_p]

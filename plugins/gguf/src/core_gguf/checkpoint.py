@@ -46,7 +46,9 @@ class GGUFCheckpoint:
         """Read the head of the file. Raises CheckpointError if it cannot be served."""
         file = GGUFFile.open(path)
         spec = ModelSpec(path=path, format="gguf", config=read_config(file), generation_config=_generation_config(file))
-        return cls(file, spec, tensor_sources(file))
+        sources = tensor_sources(file)
+        file.metadata.clear()  # a large vocabulary takes 30 MB, and the tokenizer reads it by itself
+        return cls(file, spec, sources)
 
     def tensor_names(self) -> Sequence[str]:
         """Return the names of all tensors, under transformers' naming, in file order."""

@@ -215,11 +215,12 @@ def _derived_merges(file: GGUFFile, vocab: Mapping[str, int]) -> list[tuple[str,
     Best is the highest score; of one score, the longer left part, then the longer right part, then the earlier piece.
     Gemma's scores do not follow the order of its merges, its ids do.
     """
+    pieces = list(vocab)  # half a million pairs of new strings would take 60 MB
     merges = [
-        (left, right)
+        (pieces[left], pieces[right])
         for piece in vocab
         for cut in range(len(piece) - 1, 0, -1)
-        if (left := piece[:cut]) in vocab and (right := piece[cut:]) in vocab
+        if (left := vocab.get(piece[:cut])) is not None and (right := vocab.get(piece[cut:])) is not None
     ]
     if file.get("general.architecture", str) in GEMMA:
         return merges

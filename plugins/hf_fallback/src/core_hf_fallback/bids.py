@@ -10,6 +10,7 @@ from core.config import EngineConfig
 from core.contracts import Bid, Checkpoint, Model, Refusal
 from core.model_loader import BuildContext
 from core.spec import ModelSpec
+from core_hf_fallback.patches import check_names
 
 FAMILY = "transformers"
 TIERS = {"paged": 30, "rows": 20, "cache": 10}
@@ -17,6 +18,7 @@ TIERS = {"paged": 30, "rows": 20, "cache": 10}
 
 def bids_for(spec: ModelSpec, options: EngineConfig) -> list[Bid[Model] | Refusal]:
     """Bid with every tier for whatever transformers knows, or for remote code that may run."""
+    check_names(options.disable_patches)
     reason = _why_not(spec, options)
     if reason is not None:
         return [Refusal(reason)]

@@ -7,19 +7,25 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from core.contracts import Checkpoint, Model, Refusal
 from core.errors import CoreError
-from core.layers import pack_linears, unpack_linears
+from core.layers import give_kernels, pack_linears, unpack_linears
 from core.model_loader import BuildContext
-from core_hf_fallback.cache import CacheModel
+from core_hf_fallback.blame import is_ours
+from core_hf_fallback.cache import CacheModel, Stepper
 from core_hf_fallback.interface import bind, configs_of
 from core_hf_fallback.load import load_module
-from core_hf_fallback.paged import NotPaged, PagedModel, logits_of, rope_depends_on_length
+from core_hf_fallback.module_state import ModuleState
+from core_hf_fallback.paged import NotPaged, PagedModel, logits_of
+from core_hf_fallback.patches.calls import linear_calls
+from core_hf_fallback.patches.patcher import Patcher
 from core_hf_fallback.probe import Probe, rows_difference, run_rows
+from core_hf_fallback.ropes import Ropes
 from core_hf_fallback.rows import RowsModel
 from core_hf_fallback.state import CannotBatch
 from core_hf_fallback.versions import warn_if_untested
@@ -32,23 +38,43 @@ DEFAULT_MAX_LEN = 2048
 class Loaded:
     """A module, what it looks up for attention by itself, and the plain logits that every tier has to match."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, max_len: int) -> None:
         self.module = module
+        self.ropes = Ropes(module, max_len)
         self.own_attention = {id(config): config._attn_implementation for config in configs_of(module)}
         self.counts_tokens = False  # it takes positions from a count of tokens, which padding would falsify
         self.embedding_size = embedding_size(module)
-        self.probe = Probe.of(self.plain_logits, self.embedding_size, input_embedding(module))
+        found: list[Probe] = []
+        # Some models keep state in their modules; it is put back, so that no tier finds the probe's.
+        ModuleState(module).learn(lambda: found.append(self._plain_probe()))
+        self.probe = found[0]
+
+    def _plain_probe(self) -> Probe:
+        try:
+            return Probe.of(self.plain_logits, self.embedding_size, input_embedding(self.module))
+        except Exception as error:  # remote code may take no more than one text at a time
+            if is_ours(error, self.module):
+                raise
+            return Probe.of(self._plain_one_by_one, self.embedding_size, None)
+
+    def _plain_one_by_one(self, ids: Tensor) -> Tensor:
+        return torch.cat([self.plain_logits(text[None]) for text in ids])
 
     @property
     def vocab_size(self) -> int:
         return next(iter(self.probe.wanted.values())).shape[-1]
 
     def plain_logits(self, ids: Tensor) -> Tensor:
-        parameters = inspect.signature(self.module.forward).parameters
-        positions = {"position_ids": torch.arange(ids.shape[1])[None]} if "position_ids" in parameters else {}
-        device = next(self.module.parameters()).device
-        ids, positions = ids.to(device), {name: value.to(device) for name, value in positions.items()}
-        return logits_of(self.module(input_ids=ids, use_cache=False, **positions))[0].cpu()
+        """ids [texts, tokens] -> logits [texts, tokens, vocab]."""
+        ids = ids.to(next(self.module.parameters()).device)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        if "position_ids" in inspect.signature(self.module.forward).parameters:
+            try:
+                return logits_of(self.module(input_ids=ids, use_cache=False, position_ids=positions)).cpu()
+            except Exception as error:  # the model's code: some modules take positions of certain lengths only
+                if is_ours(error, self.module):
+                    raise
+        return logits_of(self.module(input_ids=ids, use_cache=False)).cpu()
 
     def restore_attention(self) -> None:
         for config in configs_of(self.module):
@@ -57,41 +83,55 @@ class Loaded:
 
 def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Model | Refusal:
     """Build one tier, or refuse with what the probe found."""
+    max_len = context.options.max_model_len or checkpoint.spec.max_context or DEFAULT_MAX_LEN
     loaded = context.shared.get(SHARED)
     if loaded is None:
         warn_if_untested()
-        loaded = context.shared[SHARED] = Loaded(load_module(checkpoint, context))
-    max_len = context.options.max_model_len or checkpoint.spec.max_context or DEFAULT_MAX_LEN
-    rope = rope_depends_on_length(loaded.module, max_len)
-    if tier != "cache" and rope is not None:
-        return Refusal(f"{rope} rotates by the length of the longest text in the batch")
+        loaded = context.shared[SHARED] = Loaded(load_module(checkpoint, context), max_len)
+    if tier != "cache" and loaded.ropes.unknown is not None:
+        return Refusal(f"{loaded.ropes.unknown} rotates by the length of the longest text in the batch")
+    if tier != "cache" and loaded.ropes.forgets_after is not None:
+        return Refusal(f"its generate forgets a text that grows past {loaded.ropes.forgets_after} tokens")
     if tier == "paged":
         return _paged(loaded, context)
     loaded.restore_attention()
+    if tier == "rows" and loaded.ropes.restart_after is not None:
+        return Refusal(f"it computes a text anew when it grows past {loaded.ropes.restart_after} tokens")
     if tier == "rows":
         return _rows(loaded, context, max_len)
-    return CacheModel(loaded.module, loaded.vocab_size, max_len)
+    return CacheModel(Stepper(loaded.module, max_len), loaded.vocab_size)
 
 
 def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
     start = time.monotonic()
     binding = bind(loaded.module)
+    patcher: Patcher | None = None
     try:
-        with calls_of(loaded.module, nn.Linear) as called:
-            model = PagedModel(loaded.module, binding)
-        pack_linears(loaded.module, kinds=(nn.Linear,), only=called, kernels=context.kernels)
-        wrong = loaded.probe.difference(model, context.make_attention(), context.device)
+        with linear_calls(loaded.module) as calls:
+            model = PagedModel(loaded.module, binding, loaded.ropes, *loaded.probe.beginning(context.device))
+        patcher = Patcher(loaded.module, calls, context.kernels, context.options.disable_patches)
+        wrong = patcher.settle(lambda: loaded.probe.difference(model, context.make_attention(), context.device))
     except (NotPaged, CoreError) as reason:
         wrong = str(reason)
-    except Exception as error:  # noqa: BLE001 - anybody's code: whatever it raises on a flat batch declines this tier
+    except Exception as error:  # the model's code: whatever it raises on a flat batch declines this tier
+        if is_ours(error, loaded.module):
+            raise
         wrong = f"the flat batch fails in the module: {type(error).__name__}: {error}"
     finally:
         loaded.counts_tokens = bool(binding.counting_layers)
-    if wrong is not None:
-        unpack_linears(loaded.module)  # the next tier checks for itself what packing changes
-        return Refusal(wrong)
-    logger.info("probed transformers/paged in %.2f s: right", time.monotonic() - start)
+    if wrong is not None or patcher is None:
+        if patcher is not None:
+            patcher.undo()  # the next tier checks for itself what packing changes
+        return Refusal(wrong or "nothing was probed")
+    model.features = replace(model.features, patches=tuple(patcher.counts))
+    seconds = time.monotonic() - start
+    logger.info("probed transformers/paged in %.2f s: right; patches: %s", seconds, patcher.summary)
     return model
+
+
+def _pack(module: nn.Module, called: set[nn.Module], context: BuildContext) -> None:
+    pack_linears(module, kinds=(nn.Linear,), only=called, kernels=context.kernels)
+    give_kernels(module, context.kernels)
 
 
 @contextmanager
@@ -113,7 +153,9 @@ def _rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refusa
         built = _probed_rows(loaded, context, max_len)
     except CannotBatch as reason:
         return Refusal(str(reason))
-    except Exception as error:  # noqa: BLE001 - anybody's code: whatever it raises on a batch declines this tier
+    except Exception as error:  # the model's code: whatever it raises on a batch declines this tier
+        if is_ours(error, loaded.module):
+            raise
         return Refusal(f"the module fails on several requests at once: {type(error).__name__}: {error}")
     if not isinstance(built, Refusal):
         logger.info("probed %s in %.2f s: right", built.impl_name, time.monotonic() - start)
@@ -129,21 +171,28 @@ def _run(model: CacheModel | RowsModel, vocab_size: int, device: torch.device) -
 
 
 def _probed_rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refusal:
-    """Try with padding, then without; then with packed linears, against the answers of the plain ones."""
-    size, device, tolerance = loaded.embedding_size, context.device, loaded.probe.tolerance(context.dtype)
+    """Compare with one cache for each text: first with packed linears, then with plain ones if need be."""
+    device, tolerance = context.device, loaded.probe.tolerance(context.dtype)
+    stepper = Stepper(loaded.module, max_len)
     with calls_of(loaded.module, nn.Linear) as called:
-        wanted = _run(CacheModel(loaded.module, loaded.vocab_size, max_len), size, device)
+        wanted = _run(CacheModel(stepper, loaded.vocab_size), loaded.embedding_size, device)
     wrong: str | None = None
-    for padding in (True, False) if not loaded.counts_tokens else (False,):
-        model = RowsModel(loaded.module, loaded.vocab_size, max_len, padding)
-        wrong = rows_difference(_run(model, size, device), wanted, tolerance)
-        if wrong is None:
-            break
-    if wrong is not None:
-        return Refusal(wrong)
-    pack_linears(loaded.module, kinds=(nn.Linear,), only=called, kernels=context.kernels)
-    wrong = rows_difference(_run(model, size, device), wanted, tolerance)
-    return model if wrong is None else Refusal(f"with packed linears, {wrong}")
+    for packed in (True, False):
+        if packed:
+            _pack(loaded.module, called, context)
+        else:
+            unpack_linears(loaded.module)
+            give_kernels(loaded.module, None)
+        for padding in (True, False) if not loaded.counts_tokens else (False,):
+            try:
+                model = RowsModel(stepper, loaded.vocab_size, padding)
+                wrong = rows_difference(_run(model, loaded.embedding_size, device), wanted, tolerance)
+            except CannotBatch as reason:
+                wrong = str(reason)
+            if wrong is None:
+                model.strict = False
+                return model
+    return Refusal(str(wrong))
 
 
 def input_embedding(module: nn.Module) -> nn.Module | None:

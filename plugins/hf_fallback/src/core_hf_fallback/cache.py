@@ -49,8 +49,14 @@ class Stepper:
         return text, logits
 
     def next(self, text: Text, ids: Tensor, mask: Tensor | None = None) -> tuple[Text, Tensor]:
-        """Run one more token [rows, 1]; `mask` [rows, tokens] is 0 at padding. Uses up `text`."""
+        """Run one more token [rows, 1]; `mask` [rows, tokens] is 0 at padding. Uses up `text`.
+
+        A newer `generate` drops a mask of ones, an older one carries it along: there it is state like any, which gets
+        its zeros when texts are put side by side, and `mask` would say the same.
+        """
         ids = torch.cat([text.ids, ids], 1)
+        if text.arguments.get("attention_mask") is not None:
+            mask = None
         if mask is not None:
             text.arguments["attention_mask"] = mask
         self.module_state.put(text.in_modules)
@@ -74,8 +80,8 @@ class CacheModel:
     impl_name = "transformers/cache"
     features = ModelFeatures(chunked_prefill=False, prefix_caching=False)
 
-    def __init__(self, module: Any, vocab_size: int, max_model_len: int) -> None:
-        self.stepper = Stepper(module, max_model_len)
+    def __init__(self, stepper: Stepper, vocab_size: int) -> None:
+        self.stepper = stepper
         self.vocab_size = vocab_size
         self.texts: dict[str, Text] = {}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from core.contracts import Checkpoint, QuantMethod
+from core.contracts import Checkpoint
 from core.errors import CheckpointError
 from core.model_loader import BuildContext
 from core.quant_weights import by_transformers, says_nothing
@@ -24,6 +24,8 @@ def load_module(checkpoint: Checkpoint, context: BuildContext) -> nn.Module:
     if context.quant_method is not None and by_transformers(context.quant_method):
         logger.info("%s: transformers' own quantized layers, as its library runs them", context.quant_method.name)
         context = replace(context, quant_method=None)
+    if context.quant_method is not None:
+        import core_hf_fallback.quantized  # noqa: F401 - two threads that import transformers at once find half of it
     try:
         with ThreadPoolExecutor(1) as reader:
             # Decoding a file takes a second, and so does importing transformers: they go side by side.
@@ -43,11 +45,12 @@ def load_module(checkpoint: Checkpoint, context: BuildContext) -> nn.Module:
 
 
 def _read(checkpoint: Checkpoint, context: BuildContext) -> dict[str, Any]:
+    """Return the arguments for `from_pretrained` that hold the tensors."""
     if context.quant_method is None:
-        return dict(checkpoint.tensors())
-    from core_hf_fallback.quantized import state_dict_of
+        return {"state_dict": dict(checkpoint.tensors())}
+    from core_hf_fallback.quantized import arguments_of
 
-    return state_dict_of(checkpoint, context.quant_method, context.dtype)
+    return arguments_of(checkpoint, context.quant_method, context.dtype)
 
 
 def _from_pretrained(
@@ -62,30 +65,36 @@ def _from_pretrained(
     # Names in the file may differ from the module's; transformers' own loader knows how to rename and fuse them.
     arguments: dict[str, Any] = {"config": config, "dtype": context.dtype, "output_loading_info": True}
     arguments["ignore_mismatched_sizes"] = True  # they are refused by _check, which names them
-    if context.quant_method is not None:
-        arguments |= _quantized_arguments(config, context.quant_method)
     if tensors is not None:
-        state_dict = tensors.result()
-        model, info = model_class.from_pretrained(None, state_dict=state_dict, **arguments)
-        if context.quant_method is not None:
-            info["unexpected_keys"] = _left_over(info["unexpected_keys"], state_dict)
-        return model, info
+        return _from_tensors(model_class, arguments, tensors, is_quantized=context.quant_method is not None)
     if checkpoint.spec.auto_map and context.options.trust_remote_code:
         arguments["trust_remote_code"] = True
     model, info = model_class.from_pretrained(str(checkpoint.spec.path), **arguments)
     return model, info
 
 
+def _from_tensors(
+    model_class: Any, arguments: dict[str, Any], tensors: Future[dict[str, Any]], is_quantized: bool
+) -> tuple[Any, dict[str, Any]]:
+    if is_quantized:
+        drop_quantization(arguments["config"])
+        arguments["experts_implementation"] = "eager"  # one at a time: the others would make floats of all of them
+    read = tensors.result()
+    model, info = model_class.from_pretrained(None, **arguments, **read)
+    if is_quantized:
+        info["unexpected_keys"] = _left_over(info["unexpected_keys"], read["state_dict"])
+    return model, info
+
+
+def drop_quantization(config: Any) -> None:
+    """Take quantization_config out of a config, so that the module is built plain."""
+    for one in (config, config.get_text_config()):
+        if hasattr(one, "quantization_config"):
+            del one.quantization_config
+
+
 def _left_over(names: Iterable[str], state_dict: Mapping[str, Any]) -> list[str]:
     return [name for name in names if name not in state_dict or not says_nothing(name, state_dict[name][...])]
-
-
-def _quantized_arguments(config: Any, method: QuantMethod) -> dict[str, Any]:
-    from core_hf_fallback.quantized import OnTheFly, drop_quantization
-
-    drop_quantization(config)
-    eager = {"experts_implementation": "eager"}  # one expert at a time: the others would make all of them floats
-    return eager | ({"quantization_config": OnTheFly(method)} if method.on_the_fly else {})
 
 
 def _config(spec: ModelSpec, context: BuildContext) -> Any:

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from core.batch import Batch
 from core.contracts import KVSpec, ModelFeatures
 from core_hf_fallback.interface import NAME, Binding, register, use_attention
+from core_hf_fallback.ropes import Ropes, text_lengths
 from core_hf_fallback.taint import CountedTokens
-
-RECORDED_TOKENS = 11  # of the forward that finds the layers; a number that no size of a model is likely to have
 
 
 class NotPaged(Exception):
@@ -25,17 +24,19 @@ class PagedModel:
     """A `core.contracts.Model` whose only state is K/V in the host's blocks."""
 
     impl_name = "transformers/paged"
-    features = ModelFeatures()
 
-    def __init__(self, module: nn.Module, binding: Binding) -> None:
-        """Find the layers by one recording forward. Raises NotPaged with the reason."""
+    def __init__(self, module: nn.Module, binding: Binding, ropes: Ropes, ids: Tensor, length: int) -> None:
+        """Find the layers by one recording forward over `ids`, the beginning of a text of `length` tokens.
+
+        Raises NotPaged with the reason.
+        """
         register()
-        self.module = module
-        self.binding = binding
+        self.module, self.binding, self.ropes = module, binding, ropes
+        self.features = ModelFeatures(prefix_caching=not ropes, restart_after=ropes.restart_after)
         use_attention(module, NAME)
         self.keeps_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
-        logits = self._record()
-        self.vocab_size = logits.shape[-1]
+        self.recorded = self._record(ids, length)  # logits [ids, vocab]
+        self.vocab_size = self.recorded.shape[-1]
         if self.binding.problems:
             raise NotPaged(self.binding.problems[0])
         if self.binding.counting_layers:
@@ -50,19 +51,19 @@ class PagedModel:
     def forward(self, batch: Batch) -> Tensor:
         self.binding.start(batch)
         rows = batch.logit_rows if len(batch.logit_rows) else batch.logit_rows.new_zeros(1)
-        logits = self._logits(batch.token_ids, batch.positions, rows)
+        with self.ropes.flat(text_lengths(batch, self.ropes.restart_after) if self.ropes else []):
+            logits = self._logits(batch.token_ids, batch.positions, rows)
         return logits[: len(batch.logit_rows)]
 
     def release(self, request_id: str) -> None:
         """All state is in the host's blocks."""
 
-    def _record(self) -> Tensor:
+    def _record(self, ids: Tensor, length: int) -> Tensor:
         self.binding.start(None)
-        device = next(self.module.parameters()).device
-        ids = torch.arange(1, RECORDED_TOKENS + 1, device=device)
-        positions = torch.arange(RECORDED_TOKENS, device=device)
-        with torch.inference_mode(), CountedTokens(RECORDED_TOKENS) as self.binding.counted:
-            logits = self._logits(ids, positions, ids[-1:] - 1)
+        positions = torch.arange(len(ids), device=ids.device)
+        lengths = self.ropes.flat([length] * len(ids))
+        with torch.inference_mode(), lengths, CountedTokens(len(ids)) as self.binding.counted:
+            logits = self._logits(ids, positions, positions)
         self.binding.counted = None
         return logits
 
@@ -77,14 +78,3 @@ def logits_of(out: Any) -> Tensor:
     """Logits [batch, tokens, vocab] of a model's output; a few models return a plain tuple."""
     logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
     return logits
-
-
-def rope_depends_on_length(module: nn.Module, max_model_len: int) -> str | None:
-    """Name the module whose rotation of a token depends on the longest text beside it, within max_model_len."""
-    for name, part in module.named_modules():
-        kinds = getattr(part, "rope_type", None)
-        values = kinds.values() if isinstance(kinds, dict) else [kinds]
-        original = getattr(part, "original_max_seq_len", None)
-        if any(kind in ("dynamic", "longrope") for kind in values) and (original is None or max_model_len > original):
-            return name
-    return None

@@ -2,18 +2,18 @@
 
 Paged, against the plain module:
 
-Three requests of 7, 3 and 5 tokens; a budget that cuts the first in two, beside the prefill and decoding of others:
+    step 1    A[0:11]                       the forward that finds the layers; its attention is repeated on the backend
+    step 2    A[11:12]  B[0:6]  C[8:12]     decoding, beside a prefill and the rest of a prompt that shares A's blocks
 
-    step 1    A[0:4]  B[0:3]
-    step 2    A[4:7]  B[3:4]  C[0:5]
-    step 3    A[7:8]  B[4:5]  C[5:6]
+The plain module runs both texts once, in one batch. A forward reads all weights of a model, so each counts.
 
-Rows, against one cache for each request: requests join a decoding group (a longer and a shorter text), pause and leave.
+Rows, against one cache for each request: requests join a decoding group (a longer, a shorter and an equally long text),
+pause and leave.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,22 +21,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.contracts import AttentionBackend, Model
+from core.batch import Batch
+from core.contracts import AttentionBackend, KVSpec, Model
+from core.errors import UnsupportedAttention
 from core.request import Request, ScheduledTokens
 from core.runner import Runner
 from core.sampling_params import SamplingParams
+from core_hf_fallback.paged import PagedModel
 
 BLOCK = 4
-LENGTHS = {"A": 8, "B": 5, "C": 6}
-STEPS: tuple[tuple[tuple[str, int, int], ...], ...] = (
-    (("A", 0, 4), ("B", 0, 3)),
-    (("A", 4, 7), ("B", 3, 4), ("C", 0, 5)),
-    (("A", 7, 8), ("B", 4, 5), ("C", 5, 6)),
-)
-ROW_LENGTHS = {"A": 13, "B": 6, "C": 14, "D": 6}
-ROW_PROMPTS = {"A": 7, "B": 4, "C": 9, "D": 2}
-ROW_STEPS = ("AB", "ABC", "ABC", "ACD", "CD", "ACD", "AD", "A")  # who runs; the first time is the whole prompt
-Forward = Callable[[Tensor], Tensor]  # ids [1, tokens] -> logits [tokens, vocab]
+LENGTHS = {"A": 12, "B": 6}
+TEXTS = {"A": "A", "B": "B", "C": "A"}  # what each request says
+BLOCKS = {"A": (5, 2, 9), "B": (1, 7), "C": (5, 2, 3)}
+FIRST = (("A", 0, 11),)  # 11 tokens: no size of a model is likely to be that (see taint.py)
+SECOND = (("A", 11, 12), ("B", 0, 6), ("C", 8, 12))
+ROW_LENGTHS = {"A": 11, "B": 3, "C": 10, "D": 14}
+ROW_PROMPTS = {"A": 7, "B": 2, "C": 7, "D": 12}  # before the fifth step A and C are equally long
+ROW_STEPS = ("AB", "ABC", "AC", "CD", "ACD", "AD")  # who runs; the first time is the whole prompt
+Forward = Callable[[Tensor], Tensor]  # ids [texts, tokens] -> logits [texts, tokens, vocab]
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,19 @@ class Probe:
 
     @classmethod
     def of(cls, plain: Forward, vocab_size: int, embedding: nn.Module | None) -> Probe:
-        """Draw tokens and ask the plain module, one text at a time, and again with embeddings moved by a bit."""
+        """Draw tokens and ask the plain module, and for one text again with embeddings moved by a bit.
+
+        All texts have as many tokens as the longest; what comes after a text does not change it in a causal model.
+        """
         generator = torch.Generator().manual_seed(0)
-        low = min(3, vocab_size - 1)  # past padding, begin and end of text
-        ids = {
-            name: torch.randint(low, vocab_size, (count,), generator=generator).tolist()
-            for name, count in LENGTHS.items()
-        }
-        with torch.inference_mode():
-            wanted = {name: plain(torch.tensor([tokens])).float() for name, tokens in ids.items()}
-            longest = max(ids, key=lambda name: len(ids[name]))
-            with nudged(embedding):
-                moved = plain(torch.tensor([ids[longest]])).float()
-        return cls(ids, wanted, _distance(moved, wanted[longest]))
+        low, longest = min(3, vocab_size - 1), max(LENGTHS.values())  # past padding, begin and end of text
+        drawn = torch.randint(low, vocab_size, (len(LENGTHS), longest), generator=generator)
+        moving = list(LENGTHS.values()).index(longest)
+        with torch.inference_mode(), nudged(embedding):
+            *plain_logits, moved = plain(torch.cat([drawn, drawn[moving : moving + 1]])).float()
+        ids = {name: drawn[row, :count].tolist() for row, (name, count) in enumerate(LENGTHS.items())}
+        wanted = {name: plain_logits[row][:count] for row, (name, count) in enumerate(LENGTHS.items())}
+        return cls(ids, wanted, _distance(moved, plain_logits[moving]))
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """How far rounding alone may move a logit, in standard deviations: a deep model amplifies the last bit."""
@@ -69,16 +71,21 @@ class Probe:
             return 0.25
         return min(max(3e-4, 32 * self.movement), 0.05)
 
-    def difference(self, model: Model, attention: AttentionBackend, device: torch.device) -> str | None:
+    def beginning(self, device: torch.device) -> tuple[Tensor, int]:
+        """The tokens of the first step [tokens], and how long their text is."""
+        ((name, start, end),) = FIRST
+        return torch.tensor(self.ids[name][start:end], device=device), LENGTHS[name]
+
+    def difference(self, model: PagedModel, attention: AttentionBackend, device: torch.device) -> str | None:
         """Run the tier; return what is wrong with it, None if it is right."""
-        attention.allocate(model.kv_specs(), num_blocks=16, block_size=BLOCK)
-        runner = Runner(model, attention, BLOCK, device)
+        specs = model.kv_specs()
+        attention.allocate(specs, num_blocks=[16] * len(specs), block_size=BLOCK)
         requests = self._requests()
-        for number, step in enumerate(STEPS, 1):
+        for number, (step, runs) in enumerate(((FIRST, Replay(model)), (SECOND, model)), 1):
             entries = [ScheduledTokens(requests[name], start, end - start) for name, start, end in step]
-            rows = runner.run(entries, wants_prompt=set(range(len(entries)))).prompt_rows
+            rows = Runner(runs, attention, BLOCK, device).run(entries, set(range(len(entries)))).prompt_rows
             for index, (name, start, end) in enumerate(step):
-                worst = _distance(rows[index].float().cpu(), self.wanted[name][start:end])
+                worst = _distance(rows[index].float().cpu(), self.wanted[TEXTS[name]][start:end])
                 if not worst < self.tolerance(rows[index].dtype):
                     return (
                         f"its logits differ from the plain module's by {worst:.2g} of their spread "
@@ -88,11 +95,38 @@ class Probe:
 
     def _requests(self) -> dict[str, Request]:
         params = SamplingParams(max_tokens=1)
-        order, made = [5, 2, 9, 1, 7, 3], {}
-        for name, ids in self.ids.items():
+        made = {}
+        for name, blocks in BLOCKS.items():
+            ids = self.ids[TEXTS[name]]
             made[name] = Request(id=f"probe-{name}", prompt_ids=ids, params=params, max_tokens=1)
-            made[name].block_ids = [order.pop() for _ in range(-(-len(ids) // BLOCK))]
+            made[name].block_ids = list(blocks)
         return made
+
+
+class Replay(Model):
+    """Answers the recorded row again: its attention calls go to the backend, whose cache they fill."""
+
+    def __init__(self, model: PagedModel) -> None:
+        self.model = model
+        self.impl_name, self.vocab_size, self.features = model.impl_name, model.vocab_size, model.features
+
+    def kv_specs(self) -> Sequence[KVSpec]:
+        return self.model.kv_specs()
+
+    def forward(self, batch: Batch) -> Tensor:
+        assert batch.attention is not None
+        for layer, (spec, call) in enumerate(zip(self.kv_specs(), self.model.binding.recorded, strict=True)):
+            out = batch.attention.attend(call.q, call.k, call.v, layer, call.args)
+            worst = _distance(out.float(), call.out.float())
+            if not worst < (1e-3 if out.dtype == torch.float32 else 0.25):
+                raise UnsupportedAttention(
+                    f"Layer {spec.name}: attention backend {batch.attention.name!r} differs from the plain formula by "
+                    f"{worst:.2g} of its spread."
+                )
+        return self.model.recorded
+
+    def release(self, request_id: str) -> None:
+        """It keeps nothing."""
 
 
 def run_rows(model: Model, vocab_size: int, device: torch.device) -> list[Tensor]:
@@ -143,14 +177,15 @@ def _request(name: str, ids: list[int]) -> Request:
 
 @contextmanager
 def nudged(embedding: nn.Module | None) -> Iterator[None]:
-    """Move what an embedding gives by about one bit of float32, up and down in turn."""
+    """Move what an embedding gives for the last text by about one bit of float32, up and down in turn."""
     if embedding is None:
         yield
         return
 
     def move(_: nn.Module, __: Any, out: Tensor) -> Tensor:
         signs = 1 - 2 * (torch.arange(out.shape[-1], device=out.device) % 2)
-        return out * (1 + signs * 2.0**-23).to(out.dtype)
+        moved = out[-1:] * (1 + signs * 2.0**-23).to(out.dtype)
+        return torch.cat([out[:-1], moved])
 
     handle = embedding.register_forward_hook(move)
     try:

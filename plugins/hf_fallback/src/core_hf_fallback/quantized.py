@@ -6,6 +6,7 @@ asked for, and on the fly each weight is quantized as soon as it is whole.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,9 +18,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from core.contracts import Checkpoint, QuantMethod
-from core.layers import QuantizedTensor
-from core.quant_weights import linear_weights
+from core.layers import HalfTensor, QuantizedTensor
+from core.quant_weights import kept_small, linear_weights
 
+EXPERT = re.compile(r"\.experts\.\d+\.")
 NAME = "core_serve"  # of our quantizer among transformers'
 
 
@@ -36,27 +38,30 @@ class Held:
 
 
 class Unread:
-    """A tensor that is read from the checkpoint when it is asked for."""
+    """A tensor that is read from the checkpoint when it is asked for.
 
-    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
-        self._checkpoint, self._name = checkpoint, name
+    An expert that the loader will stack is quantized before it is: a layer's experts are never floats together.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, name: str, dtype: torch.dtype, config: OnTheFly) -> None:
+        self._checkpoint, self._name, self._dtype, self._config = checkpoint, name, dtype, config
 
     def __getitem__(self, whole: Any) -> Tensor:
-        return self._checkpoint.tensor(self._name)
+        tensor = self._checkpoint.tensor(self._name)
+        if self._config.stacks_experts and EXPERT.search(self._name) and tensor.dim() == 2:
+            return self._config.method.quantize(self._name, tensor.to(self._dtype))
+        return kept_small(tensor, self._dtype)
 
 
-def state_dict_of(checkpoint: Checkpoint, method: QuantMethod, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what `from_pretrained(None, state_dict=...)` takes."""
-    if method.on_the_fly:
-        return {name: Unread(checkpoint, name) for name in checkpoint.tensor_names()}
-    return {name: Held(tensor) for name, tensor in method.tensors(checkpoint, dtype)}
-
-
-def drop_quantization(config: Any) -> None:
-    """Take quantization_config out of a config, so that the module is built plain."""
-    for one in (config, config.get_text_config()):
-        if hasattr(one, "quantization_config"):
-            del one.quantization_config
+def arguments_of(checkpoint: Checkpoint, method: QuantMethod, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what `from_pretrained(None, ...)` is to be given: `state_dict`, and on the fly our quantizer's config."""
+    if not method.on_the_fly:
+        return {
+            "state_dict": {name: Held(kept_small(tensor, dtype)) for name, tensor in method.tensors(checkpoint, dtype)}
+        }
+    config = OnTheFly(method)
+    state_dict = {name: Unread(checkpoint, name, dtype, config) for name in checkpoint.tensor_names()}
+    return {"state_dict": state_dict, "quantization_config": config}
 
 
 def settle(model: Any, device: torch.device) -> nn.Module:
@@ -64,14 +69,22 @@ def settle(model: Any, device: torch.device) -> nn.Module:
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
     model.eval().requires_grad_(False)
-    moved: dict[int, nn.Parameter] = {}
+    changed: dict[int, Tensor] = {}  # by id: tied weights stay tied
     for part in model.modules():
         for name, weight in part._parameters.items():
-            if isinstance(weight, QuantizedTensor) and weight.device.type != device.type:
-                if id(weight) not in moved:
-                    moved[id(weight)] = nn.Parameter(weight.to(device), requires_grad=False)
-                part._parameters[name] = moved[id(weight)]
+            if isinstance(weight, QuantizedTensor):
+                if id(weight) not in changed:
+                    changed[id(weight)] = _settled(weight, part, device)
+                part._parameters[name] = changed[id(weight)]
     return model.to(device) if device.type != "cpu" else model
+
+
+def _settled(weight: QuantizedTensor, part: nn.Module, device: torch.device) -> Tensor:
+    """Move a weight; halves stay halves only where nothing but a product or a row is asked of them."""
+    multiplied = isinstance(part, (nn.Linear, nn.Embedding)) or hasattr(part, "is_transposed")  # or a stack of experts
+    kept = multiplied or not isinstance(weight, HalfTensor)
+    found = weight.to(device) if kept else weight.dequantize().to(device)
+    return found if found is weight else nn.Parameter(found, requires_grad=False)
 
 
 # ------------------------------------------------------------------------------------------------ on the fly
@@ -83,6 +96,7 @@ class OnTheFly(QuantizationConfigMixin):
     def __init__(self, method: QuantMethod) -> None:
         super().__init__(quant_method=NAME)
         self.method = method
+        self.stacks_experts = False  # set once the module is made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnTheFly:
         return self
@@ -100,12 +114,16 @@ class OnTheFlyQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.method = quantization_config.method
         self.done: set[str] = set()
-        self._linears: set[str] | None = None
+        self._linears: set[str] = set()
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._linears = linear_weights(model)
+        stacks = [name for name in self._linears if model.get_parameter(name).dim() == 3]
+        self.quantization_config.stacks_experts = bool(stacks)
+        return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """False once it is done: transformers compares shapes only of what needs no quantization."""
-        if self._linears is None:
-            self._linears = linear_weights(model)
         return param_name in self._linears and param_name not in self.done
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -132,7 +150,10 @@ class _Quantize(ConversionOps):
             weight = held[0] if isinstance(held, list) else held
             del held
             self.quantizer.done.add(name)
-            yield name, self.quantizer.method.quantize(name, weight)
+            if isinstance(weight, HalfTensor):
+                weight = weight.dequantize()
+            is_done = isinstance(weight, QuantizedTensor)  # a stack of experts
+            yield name, weight if is_done else self.quantizer.method.quantize(name, weight)
 
 
 AUTO_QUANTIZER_MAPPING.setdefault(NAME, OnTheFlyQuantizer)

@@ -8,6 +8,7 @@ states of the decoding requests stand side by side in one batched state, shorter
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,9 @@ from torch import Tensor
 from core.batch import Batch
 from core.contracts import KVSpec, ModelFeatures
 from core_hf_fallback.cache import Stepper, Text, rows_of, wanted_rows
-from core_hf_fallback.state import Schema
+from core_hf_fallback.state import CannotBatch, EqualLengths, Schema
+
+logger = logging.getLogger("core_serve.transformers")
 
 
 @dataclass
@@ -42,24 +45,27 @@ class RowsModel:
 
     features = ModelFeatures(chunked_prefill=False, prefix_caching=False)
 
-    def __init__(self, module: Any, vocab_size: int, max_model_len: int, padding: bool) -> None:
+    def __init__(self, stepper: Stepper, vocab_size: int, padding: bool) -> None:
         """Learn the state's shape. Raises CannotBatch with the reason."""
         self.impl_name = "transformers/rows" if padding else "transformers/rows (texts of one length together)"
         self.padding = padding
-        self.stepper = Stepper(module, max_model_len)
+        self.strict = True  # for the probe; while serving, a state that fits beside no other stands alone
+        self.stepper = stepper
         self.vocab_size = vocab_size
-        self.takes_mask = "attention_mask" in inspect.signature(module.forward).parameters
-        self.schema = self._learn()
+        self.takes_mask = "attention_mask" in inspect.signature(stepper.module.forward).parameters
+        self.schema = self._learn() if padding else EqualLengths(self._prefilled)
         self.alone: dict[str, tuple[Text, int]] = {}  # requests outside of groups: their text and its tokens
         self.groups: list[Group] = []
         self.gone: set[str] = set()  # in a group still, but released
 
     def _learn(self) -> Schema:
-        ids = torch.arange(3, 3 + Schema.LONG)[None]
-        runs = (ids[:, : Schema.SHORT], ids, ids[:, : Schema.SHORT].repeat(2, 1))
         with torch.inference_mode():
-            texts = [vars(self.stepper.first(run, all_logits=False)[0]) for run in runs]
-        return Schema(*texts)
+            return Schema(*(self._prefilled(*run) for run in ((1, Schema.SHORT), (1, Schema.LONG), (2, Schema.SHORT))))
+
+    def _prefilled(self, texts: int, length: int) -> dict[str, Any]:
+        """The state after so many equal texts of `length` tokens."""
+        ids = 3 + torch.arange(length) % Schema.LONG
+        return vars(self.stepper.first(ids.repeat(texts, 1), all_logits=False)[0])
 
     def kv_specs(self) -> Sequence[KVSpec]:
         return []
@@ -137,12 +143,21 @@ class RowsModel:
             by_group.setdefault(0 if self.padding else self.alone[name][1], []).append(name)
         for key, members in by_group.items():
             beside = next((group for group in self.groups if self.padding or group.width == key), None)
-            if beside is not None:
-                self.groups.remove(beside)
-            self.groups.append(self._merged(beside, members))
+            try:
+                joined = [self._merged(beside, members)]
+            except CannotBatch as reason:
+                if self.strict:
+                    raise
+                logger.info("%d texts run by themselves: %s", len(members), reason)
+                joined = [Group([name], [length], text) for name in members for text, length in [self.alone[name]]]
+            else:
+                self.groups = [group for group in self.groups if group is not beside]
+            self.groups += joined
+            for name in members:
+                del self.alone[name]
 
     def _merged(self, group: Group | None, names: list[str]) -> Group:
-        texts = [self.alone.pop(name) for name in names]
+        texts = [self.alone[name] for name in names]
         states, widths = [vars(text) for text, _ in texts], [length for _, length in texts]
         if group is None:
             return Group(names, widths, Text(**self.schema.merge(states, widths)))

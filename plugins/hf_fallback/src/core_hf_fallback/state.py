@@ -1,8 +1,9 @@
 """Per-request state of any shape, as trees: what a transformers module carries from step to step.
 
 A state is whatever `generate` would hand to the next step: caches of any class, tuples of tensors, numbers. Which
-dimension of a tensor is the batch and which grows with the text is learned from three short prefills (see Schema), so
-that states of several requests can be put side by side, padded on the left, and taken apart again.
+dimension of a tensor is the batch and which grows with the text is learned from short prefills, so that states of
+several requests can be put side by side and taken apart again: texts of any length, padded on the left (Schema), or
+texts of one length only (EqualLengths).
 """
 
 from __future__ import annotations
@@ -91,7 +92,10 @@ class Schema:
     def _learn(self, path: Path, values: list[Any]) -> None:
         short, longer, two = values
         if isinstance(short, Tensor) and isinstance(longer, Tensor) and isinstance(two, Tensor):
-            self._learn_tensor(path, short.shape, longer.shape, two.shape)
+            if _counts(short, longer, self.LONG - self.SHORT) and _equal(short, two):
+                self.lengths.add(path)
+            else:
+                self._learn_tensor(path, short.shape, longer.shape, two.shape)
         elif type(short) is int and type(longer) is int and longer - short == self.LONG - self.SHORT:
             self.lengths.add(path)
 
@@ -134,9 +138,78 @@ class Schema:
             dims = self.dims.get(path)
             if dims is not None and isinstance(value, Tensor):
                 return _cut(value.index_select(dims.batch, rows), dims, width, kept)
-            return value - dropped if path in self.lengths else value
+            return value - dropped if path in self.lengths else _own(value)
 
         return combine([state], leaf)
+
+
+class EqualLengths:
+    """What each leaf of a model's state means, as far as texts of one length need it: which dimension is the batch.
+
+    Nothing has to grow in a known way, so state may come in steps (compressed entries), or appear only past some
+    length. A place that was not there before is learned when it is met, by prefills of that length.
+    """
+
+    def __init__(self, prefill: Callable[[int, int], Any]) -> None:
+        """`prefill(texts, length)` returns the state after so many equal texts of `length` tokens each."""
+        self.prefill = prefill
+        self.batch: dict[Path, int | None] = {}  # None: the tensor is the same for all texts
+        self._learn_at(Schema.SHORT)
+
+    def _learn_at(self, length: int) -> None:
+        with torch.inference_mode():
+            combine([self.prefill(1, length), self.prefill(2, length)], self._learn)
+
+    def _learn(self, path: Path, values: list[Any]) -> None:
+        if all(isinstance(value, Tensor) for value in values):
+            one, two = (list(value.shape) for value in values)
+            found = [at for at, (a, b) in enumerate(zip(one, two, strict=True)) if (a, b) == (1, 2)]
+            if not found and one != two:
+                raise CannotBatch(f"{show(path)} has no batch dimension ({one}, {two})")
+            self.batch[path] = found[0] if found else None
+
+    def merge(self, states: list[Any], widths: list[int]) -> Any:
+        """Put states of texts of one length side by side."""
+
+        def leaf(path: Path, values: list[Any]) -> Any:
+            if not all(isinstance(value, Tensor) for value in values):
+                return _the_same(path, values)
+            dim = self._batch_dim(path, widths[0])
+            if dim is None:
+                return _the_same(path, values)
+            shapes = [[size for at, size in enumerate(value.shape) if at != dim] for value in values]
+            _check_same(path, shapes)
+            return torch.cat(values, dim)
+
+        return combine(states, leaf)
+
+    def select(self, state: Any, rows: Tensor, width: int, kept: int) -> Any:
+        """Return the rows [n] of a state of `width` tokens; `kept` is `width`."""
+
+        def leaf(path: Path, values: list[Any]) -> Any:
+            dim = self._batch_dim(path, width) if isinstance(values[0], Tensor) else None
+            return _own(values[0]) if dim is None else values[0].index_select(dim, rows)
+
+        return combine([state], leaf)
+
+    def _batch_dim(self, path: Path, length: int) -> int | None:
+        if path not in self.batch:
+            self._learn_at(length)
+        if path not in self.batch:
+            raise CannotBatch(f"{show(path)} is in no state that a prompt of {length} tokens leaves")
+        return self.batch[path]
+
+
+def _counts(short: Tensor, longer: Tensor, more: int) -> bool:
+    """True if these are numbers of tokens: the longer text's are larger by what it has more."""
+    if short.shape != longer.shape or short.is_floating_point() or short.dtype == torch.bool or not short.numel():
+        return False
+    return bool((longer - short == more).all())
+
+
+def _own(value: Any) -> Any:
+    """A copy that a model may write into without changing the state that it was taken from."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _side_by_side(path: Path, dims: Dims, values: list[Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from core.batch import Batch
 from core.contracts import AttentionArgs, KVSpec, ModelFeatures
 from core.layers import Attention, Embedding, GatedMLP, Head, Linear, MergedLinear, RMSNorm, Rotary, apply_rotary
+from core.reach import Reach
 from core_native_llama.config import LlamaConfig
 
 Rotation = tuple[Tensor, Tensor]  # cos, sin: [tokens, 1, head_dim]
@@ -30,7 +31,13 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.eps, dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.eps, dtype) if config.qk_norm else None
         spec = KVSpec(
-            f"model.layers.{layer}.self_attn", config.kv_heads, config.head_dim, config.head_dim, dtype, device
+            f"model.layers.{layer}.self_attn",
+            config.kv_heads,
+            config.head_dim,
+            config.head_dim,
+            dtype,
+            device,
+            Reach(config.windows[layer]),
         )
         args = AttentionArgs(scaling=config.head_dim**-0.5, window=config.windows[layer])
         self.attention = Attention(layer, spec, args)

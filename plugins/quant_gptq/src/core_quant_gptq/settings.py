@@ -17,7 +17,6 @@ FORMATS = {"gptq": 1, "gptq_v2": 0, "auto_round:auto_gptq": 1, "auto_round:gptqm
 class GptqSettings:
     bits: int  # where nothing in the file says otherwise
     zero_offset: int  # what the file's zeros are short of
-    symmetric: bool
 
     @classmethod
     def of(cls, stated: Mapping[str, Any], path: str) -> GptqSettings:
@@ -28,7 +27,7 @@ class GptqSettings:
         form = _format(stated)
         if form not in FORMATS:
             raise ConfigError(f"{path} is GPTQ of format {form!r}; supported: {', '.join(FORMATS)}.")
-        return cls(bits, FORMATS[form], bool(stated.get("sym", True)))
+        return cls(bits, FORMATS[form])
 
 
 def is_gptq(stated: Mapping[str, Any]) -> bool:

@@ -1,0 +1,146 @@
+"""A linear layer whose weight is kept in 4 or 8 bits: y = x @ w.T + bias.
+
+    w[n, k] = (code[n, k] - zero[n, k // group]) * scale[n, k // group] + offset[n, k // group]
+
+x [rows, in]; codes of 4 bits: uint8 [out, in / 2], the even k in the low nibble; of 8 bits: uint8 or int8 [out, in]
+scale, zero or None, offset or None [out, groups]; group 32, 64, 128, ... or the whole row (groups = 1); bias [out]
+AWQ: Lin et al. 2023; GPTQ: Frantar et al. 2022. int8 with one scale a row: Dettmers et al. 2022, weights only.
+
+A program makes BLOCK_M x BLOCK_N outputs; codes become x's dtype in registers, sums are float32 on tensor cores.
+BLOCK_K divides the group, so that one column of scales serves a step. Shared memory: the tiles of x and of the weight.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from core.kernels.checks import FLOATS, check, require
+from core.kernels.chip import Chip, Launch, chip_of
+from core.kernels.numbers import dot, rounded
+
+NAME = "dequant_matmul"
+
+
+@triton.jit
+def group_column(base: tl.tensor, out: tl.tensor, there: tl.tensor, groups: tl.tensor, group: tl.tensor) -> tl.tensor:
+    """Load one number for each output, as a column, float32."""
+    return tl.load(base + out.to(tl.int64) * groups + group, mask=there, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit(do_not_specialize=["rows", "groups"])
+def dequant_matmul_kernel(
+    x: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    offsets: tl.tensor,
+    bias: tl.tensor,
+    y: tl.tensor,
+    rows: tl.tensor,
+    x_row: tl.tensor,
+    y_row: tl.tensor,
+    codes_row: tl.tensor,
+    groups: tl.tensor,
+    columns: tl.tensor,
+    bytes_: tl.tensor,
+    out: tl.tensor,
+    group: tl.tensor,
+    BITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDEN: tl.constexpr,
+) -> None:
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, columns, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        part = tl.load(
+            x + m.to(tl.int64)[:, None] * x_row + k[None, :],
+            mask=(m < rows)[:, None] & (k < columns)[None, :],
+            other=0.0,
+        )
+        if BITS == 4:
+            pair = start // 2 + tl.arange(0, BLOCK_K // 2)
+            there = (n < out)[:, None] & (pair < bytes_)[None, :]
+            two = tl.load(codes + n.to(tl.int64)[:, None] * codes_row + pair[None, :], mask=there, other=0)
+            code = tl.interleave(two & 15, two >> 4).to(tl.float32)
+        else:
+            there = (n < out)[:, None] & (k < columns)[None, :]
+            code = tl.load(codes + n.to(tl.int64)[:, None] * codes_row + k[None, :], mask=there, other=0).to(tl.float32)
+        if zeros is not None:
+            code -= group_column(zeros, n, n < out, groups, start // group)
+        weight = code * group_column(scales, n, n < out, groups, start // group)
+        if offsets is not None:
+            weight += group_column(offsets, n, n < out, groups, start // group)
+        acc = dot(part, tl.trans(rounded(weight, x.dtype.element_ty, WIDEN)), acc, WIDEN)
+    if bias is not None:
+        acc += tl.load(bias + n, mask=n < out, other=0.0).to(tl.float32)[None, :]
+    target = y + m.to(tl.int64)[:, None] * y_row + n[None, :]
+    tl.store(target, rounded(acc, y.dtype.element_ty, WIDEN), mask=(m < rows)[:, None] & (n < out)[None, :])
+
+
+def dequant_matmul(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    y: Tensor,
+    bits: int,
+    zeros: Tensor | None = None,
+    offsets: Tensor | None = None,
+    bias: Tensor | None = None,
+    chip: Chip | None = None,
+) -> None:
+    """Fill y [rows, out] with x [rows, in] times the weight that the codes stand for; see the head. KernelError."""
+    rows, size = x.shape
+    outputs, groups = scales.shape
+    require(NAME, bits in (4, 8), f"bits must be 4 or 8, got {bits}.")
+    require(NAME, bits == 8 or size % 2 == 0, f"4-bit codes come in pairs, but x has {size} columns.")
+    require(NAME, size % groups == 0, f"{groups} groups do not divide the {size} columns of x.")
+    group = size // groups
+    fits = groups == 1 or (group % 32 == 0)
+    require(NAME, fits, f"groups of {group} columns; they must be a multiple of 32, or the whole row.")
+    kinds = (torch.uint8,) if bits == 4 else (torch.uint8, torch.int8)
+    check(NAME, "x", x, (rows, size), FLOATS, x)
+    check(NAME, "y", y, (rows, outputs), (x.dtype,), x)
+    check(NAME, "codes", codes, (outputs, size * bits // 8), kinds, x)
+    check(NAME, "scales", scales, (outputs, groups), FLOATS, x, dense=True)
+    for name, tensor in (("zeros", zeros), ("offsets", offsets)):
+        if tensor is not None:
+            check(NAME, name, tensor, (outputs, groups), (*FLOATS, torch.uint8, torch.int8), x, dense=True)
+    if bias is not None:
+        check(NAME, "bias", bias, (outputs,), FLOATS, x, dense=True)
+    chip = chip or chip_of(x)
+    half = x.element_size() == 2
+    few = rows <= 16
+    block_m = 16 if few else 64 if half else 32
+    args = {
+        "x": x,
+        "codes": codes,
+        "scales": scales,
+        "zeros": zeros,
+        "offsets": offsets,
+        "bias": bias,
+        "y": y,
+        "rows": rows,
+        "x_row": x.stride(0),
+        "y_row": y.stride(0),
+        "codes_row": codes.stride(0),
+        "groups": groups,
+        "columns": size,
+        "bytes_": size * bits // 8,  # of a row; an argument, so that the compiler knows what divides it
+        "out": outputs,
+        "BITS": bits,
+        "group": group,
+        "BLOCK_M": block_m,
+        "BLOCK_N": 32 if not half else 128 if few else 64,
+        "BLOCK_K": 64 if groups == 1 or group % 64 == 0 else 32,
+        "WIDEN": chip.interpreted,
+    }
+    grid = (-(-outputs // args["BLOCK_N"]), -(-rows // block_m))
+    warps = 2 if few and chip.target.backend == "hip" else 4
+    chip.run(Launch(dequant_matmul_kernel, grid, args, warps, 3, uses_tensor_cores=half))

@@ -1,0 +1,93 @@
+"""RMSNorm of rows, with the residual added before if there is one (Zhang and Sennrich 2019).
+
+    h = x + residual            (written to `residual`, rounded to its dtype, as a model without fusion would)
+    y = h / sqrt(mean(h^2) + eps) * weight          Llama: rounded before the weight is applied
+    y = h / sqrt(mean(h^2) + eps) * (1 + weight)    Gemma: rounded once, at the end
+
+x, residual, out [rows, size]; weight [size]. Computed in float32.
+One program a row. Registers: size / threads floats. Shared memory: a few floats, for the sum.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from core.kernels.checks import FLOATS, check, pow2
+from core.kernels.chip import Chip, Launch, chip_of
+from core.kernels.numbers import rounded
+
+NAME = "rms_norm"
+
+
+@triton.jit
+def rms_norm_kernel(
+    x: tl.tensor,
+    residual: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    x_row: tl.tensor,
+    residual_row: tl.tensor,
+    out_row: tl.tensor,
+    eps: tl.tensor,
+    size: tl.tensor,
+    PADDED: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
+    WIDEN: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, PADDED)
+    there = place < size
+    h = tl.load(x + row * x_row + place, mask=there, other=0.0).to(tl.float32)
+    if residual is not None:
+        h += tl.load(residual + row * residual_row + place, mask=there, other=0.0).to(tl.float32)
+        kept = rounded(h, residual.dtype.element_ty, WIDEN)
+        tl.store(residual + row * residual_row + place, kept, mask=there)
+        h = kept.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(h * h, 0) / size + eps)
+    factor = tl.load(weight + place, mask=there, other=0.0).to(tl.float32)
+    if PLUS_ONE:
+        y = h * scale * (1.0 + factor)
+    else:
+        y = rounded(h * scale, out.dtype.element_ty, WIDEN).to(tl.float32) * factor
+    tl.store(out + row * out_row + place, rounded(y, out.dtype.element_ty, WIDEN), mask=there)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    residual: Tensor | None = None,
+    plus_one: bool = False,
+    chip: Chip | None = None,
+) -> None:
+    """Fill `out` [rows, size], and `residual` with x + residual if given. Raises KernelError."""
+    rows, size = x.shape
+    check(NAME, "x", x, (rows, size), FLOATS, x)
+    check(NAME, "out", out, (rows, size), (x.dtype,), x)
+    check(NAME, "weight", weight, (size,), FLOATS, x, dense=True)
+    if residual is not None:
+        check(NAME, "residual", residual, (rows, size), (x.dtype,), x)
+    chip = chip or chip_of(x)
+    args = {
+        "x": x,
+        "residual": residual,
+        "weight": weight,
+        "out": out,
+        "x_row": x.stride(0),
+        "residual_row": 0 if residual is None else residual.stride(0),
+        "out_row": out.stride(0),
+        "eps": eps,
+        "size": size,
+        "PADDED": pow2(size),
+        "PLUS_ONE": plus_one,
+        "WIDEN": chip.interpreted,
+    }
+    chip.run(Launch(rms_norm_kernel, (rows,), args, num_warps=warps_for(pow2(size), chip.target.warp_size)))
+
+
+def warps_for(elements: int, warp_size: int) -> int:
+    """Return the warps that hold a row with at least 8 elements a thread, at most 32 before there are 16 warps."""
+    return min(1024 // warp_size, max(1, pow2(elements) // (8 * warp_size)), 16)

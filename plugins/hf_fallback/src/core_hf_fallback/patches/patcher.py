@@ -1,0 +1,123 @@
+"""Applies the patches of one module, lets a check judge them, and leaves out those that it finds wrong."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from weakref import WeakSet
+
+from torch import nn
+
+from core.contracts import Kernels
+from core.layers import give_kernels, pack_linears, unpack_linears
+from core_hf_fallback.patches.calls import LinearCalls
+from core_hf_fallback.patches.child_lookup import enter_children
+from core_hf_fallback.patches.merged_linears import Merged, merge_linears
+from core_hf_fallback.patches.rms_norm import fuse_norms
+
+logger = logging.getLogger("core_serve.transformers")
+Undo = Callable[[], None]
+Check = Callable[[], str | None]  # what is wrong, None if nothing is
+
+
+@dataclass(frozen=True)
+class Rule:
+    name: str
+    apply: Callable[[nn.Module, LinearCalls], Sequence[Undo]]  # one for each place that was changed
+    after_packing: bool = True  # False: it makes linears that are to be packed
+
+
+RULES = (
+    Rule("merged-linears", merge_linears, after_packing=False),
+    Rule("rms-norm", fuse_norms),
+    Rule("child-lookup", enter_children),
+)
+
+
+class Patcher:
+    """Patches a module and packs its linears, and can take both back."""
+
+    def __init__(
+        self, module: nn.Module, calls: LinearCalls, kernels: Kernels | None = None, disabled: Collection[str] = ()
+    ) -> None:
+        self.module, self.calls, self.kernels = module, calls, kernels
+        self.rules = [rule for rule in RULES if rule.name not in disabled]
+        self.counts: dict[str, int] = {}  # places by the name of the rule that changed them
+        self._undo: list[Undo] = []
+
+    def settle(self, check: Check) -> str | None:
+        """Apply all rules but those that `check` finds wrong; return what is wrong with the module without any.
+
+        Whatever `check` raises without patches is raised. On an answer the module is as it was.
+        """
+        self.apply(self.rules)
+        tried = [rule for rule in self.rules if rule.name in self.counts]
+        wrong = _try(check) if tried else check()
+        if wrong is None:
+            return None
+        if tried:
+            self.apply([])
+            wrong = check()
+        if wrong is None:
+            self._leave_out_wrong(tried, check)
+        else:
+            self.undo()
+        return wrong
+
+    def _leave_out_wrong(self, rules: Sequence[Rule], check: Check) -> None:
+        kept: list[Rule] = []
+        for rule in rules:
+            self.apply([*kept, rule])
+            wrong = _try(check)
+            if wrong is None:
+                kept.append(rule)
+            else:
+                logger.warning("patch %s is left out, it changes this model's results: %s", rule.name, wrong)
+        self.apply(kept)
+
+    def apply(self, rules: Sequence[Rule]) -> None:
+        """Make these the patches of the module, packed."""
+        self.undo()
+        for rule in rules:
+            if not rule.after_packing:
+                self._apply_one(rule)
+        pack_linears(self.module, kinds=(nn.Linear,), only=self._called(), kernels=self.kernels)
+        give_kernels(self.module, self.kernels)
+        for rule in rules:
+            if rule.after_packing:
+                self._apply_one(rule)
+
+    def _apply_one(self, rule: Rule) -> None:
+        undo = rule.apply(self.module, self.calls)
+        self._undo += undo
+        if undo:
+            self.counts[rule.name] = len(undo)
+
+    def _called(self) -> WeakSet[nn.Module]:
+        """The linears to pack: those that are called; of some a module only looks at the weight.
+
+        Weak, so that each plain weight can go as soon as it is packed.
+        """
+        called = WeakSet(self.module.get_submodule(path) for path in self.calls.counts)
+        called.update(part.linear for part in self.module.modules() if isinstance(part, Merged))
+        return called
+
+    def undo(self) -> None:
+        """Put the module's own parts back, with the very same weights."""
+        unpack_linears(self.module)
+        give_kernels(self.module, None)
+        while self._undo:
+            self._undo.pop()()
+        self.counts.clear()
+
+    @property
+    def summary(self) -> str:
+        return ", ".join(f"{name} ({count})" for name, count in self.counts.items()) or "none"
+
+
+def _try(check: Check) -> str | None:
+    try:
+        return check()
+    except Exception as error:  # noqa: BLE001 - a patch may break anybody's code in any way; tried without it next
+        return f"{type(error).__name__}: {error}"

@@ -1,0 +1,28 @@
+"""The kernels against plain torch: in Triton's interpreter, or on a GPU where there is one. `make test` runs them by way
+of ../test_interpreter.py, since TRITON_INTERPRET must be set before anything imports Triton.
+"""
+
+import os
+import sys
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+READY = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+sys.path.insert(0, os.path.dirname(__file__))  # for helpers.py and paged_case.py
+collect_ignore_glob = [] if READY else ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_inputs(request):
+    """Draw other numbers in every run; a failing run says which."""
+    seed = int(os.environ.get("KERNEL_SEED", "0")) or int.from_bytes(os.urandom(3), "big")
+    torch.manual_seed(seed)
+    request.node.add_report_section("setup", "seed", f"KERNEL_SEED={seed}")
+    return seed
+
+
+@pytest.fixture
+def device():
+    return DEVICE
