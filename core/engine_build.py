@@ -16,6 +16,7 @@ from core.engine import Engine
 from core.engine_info import EngineInfo
 from core.errors import ConfigError, CoreError
 from core.kv_memory import size_memory
+from core.memory import give_back_freed
 from core.model_loader import BuildAttempt, BuildContext, build_model
 from core.plugins import PluginHost
 from core.runner import Runner
@@ -32,6 +33,7 @@ def build_engine(config: EngineConfig, host: PluginHost | None = None) -> Engine
     host = host or PluginHost.load(disable=config.disable_plugins)
     plan = make_plan(config, host)
     model, attempts = build_model(plan.models.eligible, plan.checkpoint, plan.context)
+    give_back_freed()
     return _assemble(
         config,
         host,

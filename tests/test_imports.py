@@ -14,7 +14,7 @@ HEAVY = ("torch", "transformers", "fastapi", "uvicorn", "safetensors", "huggingf
 
 # A module may import its own row and those above it. Modules that are not listed are checked by the folder they are in.
 LAYERS = [
-    {"errors", "json_files", "threads", "reach"},
+    {"errors", "json_files", "memory", "threads", "reach"},
     {"spec", "config", "sampling_params", "outputs", "engine_info"},
     {"request", "batch", "contracts", "hookspecs"},
     {"safetensors_file"},
