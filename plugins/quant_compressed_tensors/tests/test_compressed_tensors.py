@@ -218,7 +218,7 @@ def test_what_quantize_makes_is_loaded_by_transformers_and_served_here(method, s
     for impl in ("native", "transformers"):
         assert_matches_dequantized(out, impl)
     if settings.symmetric is False:
-        return  # compressed-tensors 0.20 expects unpacked zero points of the modules that it prepares, whoever wrote them
+        return  # compressed-tensors 0.20 prepares modules for zero points that are not packed
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     own = {name: weight for name, weight in read(out).items() if isinstance(weight, QuantizedTensor)}
     assert len(own) == report.quantized
