@@ -117,7 +117,8 @@ class _Measured:
     def report(self, sides: Sequence[Side], seconds: float) -> EvalQuantReport:
         kl = torch.cat(self.kl)
         return EvalQuantReport(
-            *sides,
+            floats=sides[0],
+            quantized=sides[1],
             tokens=self.tokens,
             kl_mean=float(kl.mean()),
             kl_median=float(kl.median()),

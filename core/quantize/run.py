@@ -163,7 +163,7 @@ class _Work:
         for linear, parts in made.items():
             linears[linear].weight.data.copy_(self.quantizer.restore(parts))
         replaced = {f"{name}.{linear}.weight" for linear in made}
-        kept = {key: value for key, value in self._state(name).items() if key not in replaced}
+        kept = {key: value for key, value in self._state(f"{name}.").items() if key not in replaced}
         return kept | {
             f"{name}.{linear}.{suffix}": part for linear, parts in made.items() for suffix, part in parts.items()
         }
