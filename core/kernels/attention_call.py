@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,7 @@ def decode_tile(call: PagedCall, q: Tensor, target: Target) -> Tile:
     return call.tile or choose_tile(DECODE, call, q, target)
 
 
-def choose_tile(table: dict[str, tuple[Tile, ...]], call: PagedCall, q: Tensor, target: Target) -> Tile:
+def choose_tile(table: Mapping[str, tuple[Tile, ...]], call: PagedCall, q: Tensor, target: Target) -> Tile:
     """Look up the tile for the wider of K and V, the dtype of q and the chip."""
     if target.backend == "cpu":
         return INTERPRETED

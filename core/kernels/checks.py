@@ -1,4 +1,4 @@
-"""What wrappers check before a kernel touches memory, with messages that name argument, value and what would be right."""
+"""What wrappers check before a kernel touches memory; messages name the argument, its value and what would be right."""
 
 from __future__ import annotations
 

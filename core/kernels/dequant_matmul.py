@@ -118,6 +118,7 @@ def dequant_matmul(
     half = x.element_size() == 2
     few = rows <= 16
     block_m = 16 if few else 64 if half else 32
+    block_n = 32 if not half else 128 if few else 64
     args = {
         "x": x,
         "codes": codes,
@@ -137,10 +138,10 @@ def dequant_matmul(
         "BITS": bits,
         "group": group,
         "BLOCK_M": block_m,
-        "BLOCK_N": 32 if not half else 128 if few else 64,
+        "BLOCK_N": block_n,
         "BLOCK_K": 64 if groups == 1 or group % 64 == 0 else 32,
         "WIDEN": chip.interpreted,
     }
-    grid = (-(-outputs // args["BLOCK_N"]), -(-rows // block_m))
+    grid = (-(-outputs // block_n), -(-rows // block_m))
     warps = 2 if few and chip.target.backend == "hip" else 4
     chip.run(Launch(dequant_matmul_kernel, grid, args, warps, 3, uses_tensor_cores=half))

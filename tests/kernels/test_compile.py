@@ -17,9 +17,10 @@ def compiled(*arguments, **environment):
     return subprocess.run(command, capture_output=True, text=True, env=clean | environment)
 
 
-def test_a_selection_fits_two_targets(tmp_path):
+def test_a_selection_fits_two_targets():
     done = compiled(
-        "--targets", "sm_90,gfx942", "--models", "Mistral-7B", "--kernels", "paged_decode,write_kv,gather_rows", "--json"
+        "--targets", "sm_90,gfx942", "--models", "Mistral-7B", "--json",
+        "--kernels", "paged_decode,write_kv,gather_rows",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""Runs the kernel tests of interpreted/ in processes of their own, with TRITON_INTERPRET=1 set before Triton is imported."""
+"""Runs the kernel tests of interpreted/ in processes of their own: TRITON_INTERPRET=1 must be set before the import."""
 
 import os
 import subprocess

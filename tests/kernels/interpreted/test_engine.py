@@ -20,7 +20,7 @@ def tokens_of(folder, backend):
         block_size=4,
         kv_cache_memory=2**20,
     )
-    assert llm.engine.info.attention_name == (backend or os.environ["CORE_ATTENTION_BACKEND"])
+    assert llm.info.attention_name == (backend or os.environ["CORE_ATTENTION_BACKEND"])
     prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     llm.close()
