@@ -1,6 +1,6 @@
 """The kernels against plain torch: in Triton's interpreter, or on a GPU where there is one.
 
-`make test` runs them by way of ../test_interpreter.py, since TRITON_INTERPRET must be set before anything imports Triton.
+`make test` runs them by way of ../test_interpreter.py: TRITON_INTERPRET must be set before anything imports Triton.
 """
 
 import os
