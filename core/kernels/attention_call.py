@@ -29,10 +29,10 @@ class Tile:
 
 # By padded width, for each kind of chip and dtype. "wgmma": half types on Hopper and Blackwell, whose tensor cores read
 # shared memory; "mma": half types before, all operands in registers; "amd": half types, 64 KiB of shared memory, warps
-# of 64; "float32": without tensor cores, since their tf32 would not be float32. `core-serve kernels compile` holds them to
-# what the chips have.
+# of 64; "float32": without tensor cores, since their tf32 would not be float32. `core-serve kernels compile` holds
+# them to what the chips have.
 PREFILL = {
-    "wgmma": (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 16, 8, 1)),
+    "wgmma": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 16, 8, 1)),
     "mma": (Tile(64, 64, 4, 3), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 16, 8, 1)),
     "amd": (Tile(128, 64, 8, 1), Tile(64, 64, 4, 1), Tile(64, 32, 8, 1), Tile(32, 16, 4, 1)),
     "float32": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
