@@ -19,13 +19,17 @@ SURVEY := core-serve supported-models --jobs $(JOBS)
 EDITABLE := $(foreach project,$(PROJECTS),-e '$(patsubst %/pyproject.toml,%,$(project))[dev]')
 SOURCES := core tests plugins
 
-.PHONY: serve test test-oldest conformance supported-models check fix docs bench
+.PHONY: serve test test-grid test-oldest conformance supported-models check fix docs bench
 
 serve: $(READY)
 	$(BIN)/core-serve $(ARGS)
 
 test: $(READY)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-1000} $(BIN)/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-1000} $(BIN)/python -m pytest -q -m "not grid" $(ARGS)
+
+# Every case of the GPU kernels, on the CPU.
+test-grid: $(READY)
+	$(BIN)/python -m pytest -q -m grid tests/kernels $(ARGS)
 
 # The fallback beside the oldest transformers of its range: its tests, then model types of every tier against the page.
 test-oldest: $(OLDEST)/.ready

@@ -36,7 +36,7 @@ def compile_kernels(targets: str, names: str, shapes: str, dtype: str, jobs: int
 
     Prints registers, spills, shared memory, tensor-core instructions and 16-byte loads. Ends with exit code 1 if a
     variant does not compile, spills, needs more shared memory than the chip has, or lacks the instructions it should
-    have. No GPU is needed; all targets take about ten minutes on two cores, again a few seconds from Triton's cache.
+    have. No GPU is needed; all targets take about ten minutes on two idle cores, less again from Triton's cache.
     """
     if importlib.util.find_spec("triton") is None:
         raise ConfigError("Compiling kernels needs Triton, which is not installed: pip install 'core-serve[gpu]'.")

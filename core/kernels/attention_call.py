@@ -27,15 +27,19 @@ class Tile:
     num_stages: int
 
 
-# By padded width. "half" is bfloat16 and float16 on NVIDIA, "amd" the same on AMD (64 KiB of shared memory, warps of
-# 64), "float32" runs without tensor cores, since their tf32 would not be float32.
+# By padded width, for each kind of chip and dtype. "wgmma": half types on Hopper and Blackwell, whose tensor cores read
+# shared memory; "mma": half types before, all operands in registers; "amd": half types, 64 KiB of shared memory, warps
+# of 64; "float32": without tensor cores, since their tf32 would not be float32. `core-serve kernels compile` holds
+# them to what the chips have.
 PREFILL = {
-    "half": (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 16, 4, 1)),
+    "wgmma": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 16, 8, 1)),
+    "mma": (Tile(64, 64, 4, 3), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 16, 8, 1)),
     "amd": (Tile(128, 64, 8, 1), Tile(64, 64, 4, 1), Tile(64, 32, 8, 1), Tile(32, 16, 4, 1)),
     "float32": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
 DECODE = {
-    "half": (Tile(16, 128, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 16, 4, 2)),
+    "wgmma": (Tile(16, 128, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 1), Tile(16, 16, 4, 2)),
+    "mma": (Tile(16, 128, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 16, 4, 2)),
     "amd": (Tile(16, 64, 4, 1), Tile(16, 64, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
     "float32": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
@@ -77,8 +81,15 @@ def choose_tile(table: Mapping[str, tuple[Tile, ...]], call: PagedCall, q: Tenso
     widest = max(sum(split_width(cache.shape[-1])) for cache in (call.keys, call.values))
     if widest > WIDTHS[-1]:
         require("attention", False, f"K or V of width {widest} is wider than {WIDTHS[-1]}, the widest there is.")
-    kind = "float32" if q.element_size() == 4 else "amd" if target.backend == "hip" else "half"
+    kind = "float32" if q.element_size() == 4 else tile_kind(target)
     return next(tile for width, tile in zip(WIDTHS, table[kind], strict=True) if widest <= width)
+
+
+def tile_kind(target: Target) -> str:
+    """Return which rows of the tables hold for half types."""
+    if target.backend == "hip":
+        return "amd"
+    return "wgmma" if int(target.arch) in (90, 100) else "mma"
 
 
 def check_paged(kernel: str, q: Tensor, out: Tensor, call: PagedCall, args: AttentionArgs) -> None:

@@ -4,8 +4,9 @@
     S' = e^(dt A) S + dt x B^T          y = S' C + D x          y *= silu(z), if z is given
 
 state [slots, heads, head_dim, states] float32, moved in place; x, z, y [requests, heads, head_dim]
-dt [requests, heads]; A, D, dt_bias [heads] (A negative); B, C [requests, groups, states], a group shared by
-heads / groups heads; slots [requests], one below 0 is skipped. Dao and Gu 2024, "Transformers are SSMs".
+dt [requests, heads]
+A, D, dt_bias [heads] (A negative); B, C [requests, groups, states], a group shared by heads / groups heads;
+slots [requests], one below 0 is skipped. Dao and Gu 2024, "Transformers are SSMs".
 
 A program moves BLOCK_P rows of one head's state. Registers: BLOCK_P * states / threads floats.
 """

@@ -19,12 +19,13 @@ def run(file, *arguments, **environment):
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("file", FILES)
 def test_kernels_give_what_torch_gives(file):
     run(file, "-m", "not slow")
 
 
-@pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("file", FILES)
 def test_kernels_give_what_torch_gives_over_the_whole_grid(file):

@@ -44,7 +44,7 @@ ROWS = [  # temperature, top_k, top_p, min_p, seed, step
 ]
 
 
-@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize("ties", [pytest.param(False, marks=pytest.mark.slow), True], ids=["distinct", "ties"])
 def test_each_row_draws_what_a_sort_would_draw(ties, fresh_inputs, device):
     logits = torch.randn(len(ROWS), VOCAB) * 2
     if ties:
@@ -54,6 +54,7 @@ def test_each_row_draws_what_a_sort_would_draw(ties, fresh_inputs, device):
     assert draw(logits, rows, device) == wanted
 
 
+@pytest.mark.slow
 def test_a_filtered_row_draws_what_the_sampler_draws(device):
     from core.request import Request
     from core.sampling.draw import draw as draw_on_cpu
