@@ -13,6 +13,7 @@ FLAGS += (
 )  # GCC's own AVX-512 headers
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+# Plain code comes first: of functions of the standard library that several files bring, the linker keeps the first.
 SOURCES = {"csrc/library.cpp": [], "csrc/plain.cpp": []}
 if X86:
     FLAGS.append("-DCORE_KERNELS_X86")
