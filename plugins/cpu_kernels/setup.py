@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -18,7 +19,7 @@ SOURCES = {"csrc/library.cpp": [], "csrc/plain.cpp": []}
 if X86:
     FLAGS.append("-DCORE_KERNELS_X86")
     SOURCES |= {"csrc/avx2.cpp": AVX2, "csrc/avx512.cpp": AVX512}
-HEADERS = ["weight.h", "formats.h", "ggml.h", "matmul.h", "simd_plain.h", "simd_avx2.h", "simd_avx512.h"]
+HEADERS = sorted(path.name for path in Path(__file__).parent.glob("csrc/*.h"))
 
 
 class BuildKernels(build_ext):
