@@ -251,8 +251,8 @@ class NormKernel(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Add x to the contiguous `residual`, in place, and return the norm of that."""
+    def add(self, x: Tensor, residual: Tensor, summed: Tensor) -> Tensor:
+        """Put residual + x into `summed`, which may be `residual`, and return the norm of that; both contiguous."""
         ...
 
 

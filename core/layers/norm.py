@@ -41,5 +41,5 @@ class RMSNorm(nn.Module):
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """Add x to `residual`, in place, and return the norm of that."""
         if self.kernel is not None:
-            return self.kernel.add(x, residual)
+            return self.kernel.add(x, residual, residual)
         return self.forward(residual.add_(x))

@@ -42,24 +42,25 @@ void rms_norm(const NormCall& call, int64_t first, int64_t last) {
     for (int64_t r = first; r < last; r++) {
         const float* x = call.x + r * width;
         float* out = call.out + r * width;
-        float* sums_to = call.residual ? call.residual + r * width : nullptr;
+        const float* residual = call.residual ? call.residual + r * width : nullptr;
+        float* summed = residual ? call.summed + r * width : nullptr;
         VF squares[4] = {zero(), zero(), zero(), zero()};
-        const auto summed = [&](int64_t at) {
+        const auto sum_at = [&](int64_t at) {
             VF v = load(x + at);
-            if (sums_to) store(sums_to + at, v = add(v, load(sums_to + at)));
+            if (residual) store(summed + at, v = add(v, load(residual + at)));
             return v;
         };
         int64_t at = 0;
         for (; at + 4 * W <= whole; at += 4 * W)
-            unrolled<4>([&](auto i) { const VF v = summed(at + i * W); squares[i] = fma(v, v, squares[i]); });
-        for (; at < whole; at += W) { const VF v = summed(at); squares[0] = fma(v, v, squares[0]); }
+            unrolled<4>([&](auto i) { const VF v = sum_at(at + i * W); squares[i] = fma(v, v, squares[i]); });
+        for (; at < whole; at += W) { const VF v = sum_at(at); squares[0] = fma(v, v, squares[0]); }
         float total = sum(add(add(squares[0], squares[1]), add(squares[2], squares[3])));
         for (; at < width; at++) {
-            const float v = sums_to ? sums_to[at] += x[at] : x[at];
+            const float v = residual ? summed[at] = residual[at] + x[at] : x[at];
             total += v * v;
         }
         const float factor = 1.0f / std::sqrt(total / float(width) + call.eps);
-        const float* from = sums_to ? sums_to : x;
+        const float* from = residual ? summed : x;
         for (at = 0; at < whole; at += W) store(out + at, mul(mul(load(from + at), set1(factor)), load(call.weight + at)));
         for (; at < width; at++) out[at] = from[at] * factor * call.weight[at];
     }

@@ -5,10 +5,11 @@
 
 namespace core_kernels {
 
-// out = s / sqrt(mean(s^2) + eps) * weight, with s = x, or residual + x, which is then stored there.
+// out = s / sqrt(mean(s^2) + eps) * weight, with s = x, or residual + x, which then goes into `summed`.
 struct NormCall {
     const float* x;        // [rows, width]
-    float* residual;       // [rows, width] or null
+    const float* residual; // [rows, width] or null
+    float* summed;         // [rows, width] or null; may be the residual
     const float* weight;   // [width]
     float* out;            // [rows, width]
     int64_t rows, width;

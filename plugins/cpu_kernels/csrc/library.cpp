@@ -177,10 +177,10 @@ EXPORT int32_t core_kernels_linear(const void* given, const float* x, float* out
     return 0;
 }
 
-// out[rows, width] = RMSNorm of x[rows, width], or of residual += x where there is a residual.
-EXPORT void core_kernels_rms_norm(const void* set, const float* x, float* residual, const float* weight, float* out,
-                                  int64_t rows, int64_t width, float eps) {
-    run_rows<NormCall, &Elementwise::rms_norm>(set, {x, residual, weight, out, rows, width, eps}, rows, width);
+// out[rows, width] = RMSNorm of x[rows, width], or of summed = residual + x where there is a residual.
+EXPORT void core_kernels_rms_norm(const void* set, const float* x, const float* residual, float* summed, const float* weight,
+                                  float* out, int64_t rows, int64_t width, float eps) {
+    run_rows<NormCall, &Elementwise::rms_norm>(set, {x, residual, summed, weight, out, rows, width, eps}, rows, width);
 }
 
 // out[rows, width] = activation(gate) * up

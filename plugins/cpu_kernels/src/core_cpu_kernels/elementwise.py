@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from core_cpu_kernels.library import Library
@@ -17,16 +18,18 @@ class NormKernel:
         self._at, self._width = weight.data_ptr(), len(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._into(x, x.new_empty(x.shape), None)
+        return self._into(x, None, None)
 
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self._into(x, x.new_empty(x.shape), residual.data_ptr())
+    def add(self, x: Tensor, residual: Tensor, summed: Tensor) -> Tensor:
+        return self._into(x, residual.data_ptr(), summed.data_ptr())
 
-    def _into(self, x: Tensor, out: Tensor, residual: int | None) -> Tensor:
+    def _into(self, x: Tensor, residual: int | None, summed: int | None) -> Tensor:
         width = self._width
         if not x.is_contiguous():
             x = x.contiguous()
-        self._run(x.data_ptr(), residual, self._at, out.data_ptr(), x.numel() // width, width, self._eps)
+        out = torch.empty_like(x)
+        rows = x.numel() // width
+        self._run(x.data_ptr(), residual, summed, self._at, out.data_ptr(), rows, width, self._eps)
         return out
 
 

@@ -27,7 +27,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # result, arguments
     "make": (_POINTER, _POINTER, _POINTER),
     "free": (None, _POINTER),
     "linear": (ctypes.c_int32, _POINTER, _POINTER, _POINTER, _INT),
-    "rms_norm": (None, *[_POINTER] * 5, *[_INT] * 2, ctypes.c_float),
+    "rms_norm": (None, *[_POINTER] * 6, *[_INT] * 2, ctypes.c_float),
     "gate": (None, *[_POINTER] * 4, *[_INT] * 4, ctypes.c_int32),
     "rotate": (None, *[_POINTER] * 4, *[_INT] * 6),
     "threads": (None, _POINTER, _POINTER),

@@ -61,11 +61,10 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden, config.eps, dtype)
         self.mlp = GatedMLP(config.hidden, config.inner, config.mlp_bias, dtype)
 
-    def forward(self, x: Tensor, residual: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
-        """Add to `residual` [tokens, hidden], in place, what came before (`x`) and what attention makes of both."""
-        x = self.attention(self.attention_norm.add(x, residual), rotation, batch)
-        out: Tensor = self.mlp(self.mlp_norm.add(x, residual))
-        return out
+    def forward(self, x: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
+        """Add to x [tokens, hidden], in place, what attention and the feed-forward block make of it."""
+        attended = self.attention(self.attention_norm(x), rotation, batch)
+        return x.add_(self.mlp(self.mlp_norm.add(attended, x)))
 
 
 class LlamaModel(nn.Module):
@@ -90,13 +89,11 @@ class LlamaModel(nn.Module):
         return [layer.attention.attention.spec for layer in self.layers]
 
     def forward(self, batch: Batch) -> Tensor:
-        residual = self.embedding(batch.token_ids)
-        x = torch.zeros_like(residual)
+        x = self.embedding(batch.token_ids)
         rotation = self.rotary(batch, self.dtype)
         for layer in self.layers:
-            x = layer(x, residual, rotation, batch)
-        rows = batch.logit_rows
-        logits: Tensor = self.head(self.norm.add(x[rows], residual[rows]))
+            x = layer(x, rotation, batch)
+        logits: Tensor = self.head(self.norm(x[batch.logit_rows]))
         return logits
 
     def release(self, request_id: str) -> None:
