@@ -15,10 +15,15 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # Plain code comes first: of functions of the standard library that several files bring, the linker keeps the first.
 SOURCES = {"csrc/library.cpp": [], "csrc/plain.cpp": []}
+ATTENTION = {"csrc/attention_library.cpp": [], "csrc/attention_plain.cpp": []}
 if X86:
     FLAGS.append("-DCORE_KERNELS_X86")
     SOURCES |= {"csrc/avx2.cpp": AVX2, "csrc/avx512.cpp": AVX512}
+    ATTENTION |= {"csrc/attention_avx2.cpp": AVX2, "csrc/attention_avx512.cpp": AVX512}
+SOURCES |= ATTENTION
 HEADERS = ["weight.h", "formats.h", "ggml.h", "matmul.h", "simd_plain.h", "simd_avx2.h", "simd_avx512.h"]
+HEADERS += ["attention.h", "attention_math.h", "attention_tile.h", "scratch.h", "threads.h"]
+HEADERS += ["softmax_plain.h", "softmax_avx2.h", "softmax_avx512.h"]
 
 
 class BuildKernels(build_ext):

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <new>
 
+#include "threads.h"
 #include "weight.h"
 
 namespace core_kernels {
@@ -94,6 +95,14 @@ void share_out(Job& job) {
 }
 
 }  // namespace
+
+int thread_count() { return run_parallel ? std::max(1, max_threads()) : 1; }
+
+void on_threads(int threads, void (*work)(void*), void* job) {
+    if (threads <= 1 || !run_parallel) work(job);
+    else run_parallel(work, job, unsigned(threads), 0);
+}
+
 }  // namespace core_kernels
 
 using namespace core_kernels;
@@ -102,7 +111,7 @@ extern "C" {
 
 #define EXPORT __attribute__((visibility("default")))
 
-EXPORT int32_t core_kernels_abi() { return 1; }
+EXPORT int32_t core_kernels_abi() { return 2; }
 
 // The functions of the OpenMP runtime that torch has loaded; null: one thread.
 EXPORT void core_kernels_threads(void* gomp_parallel, void* omp_get_max_threads) {

@@ -15,7 +15,7 @@ import torch
 
 from core.errors import PluginError
 
-ABI = 1
+ABI = 2
 ISA_VARIABLE = "CORE_CPU_KERNELS_ISA"  # avx512, avx2 or plain: instead of the best that the machine has
 
 
@@ -54,6 +54,8 @@ class Library:
         self.instruction_set: str = self._functions.core_kernels_name(self._set).decode()
         self.linear = self._functions.core_kernels_linear  # (made, x, out, rows) -> 0
         self.free = self._functions.core_kernels_free
+        self.attend = self._functions.core_kernels_attend  # (attention_set, layer, step, q, k, v, out) -> 0
+        self.attention_set: int = self._functions.core_kernels_attention_set(self._set)
 
     def make(self, weight: Weight) -> int | None:
         """Return what `linear` takes, or None if there is no kernel for this weight."""
@@ -94,6 +96,9 @@ def _load() -> ctypes.CDLL:
     functions.core_kernels_free.argtypes = [ctypes.c_void_p]
     functions.core_kernels_free.restype = None
     functions.core_kernels_linear.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    functions.core_kernels_attention_set.argtypes = [ctypes.c_void_p]
+    functions.core_kernels_attention_set.restype = ctypes.c_void_p
+    functions.core_kernels_attend.argtypes = [ctypes.c_void_p] * 7
     functions.core_kernels_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     functions.core_kernels_threads(*_openmp())
     return functions
