@@ -9,6 +9,8 @@
 #include <new>
 
 #include "instruction_set.h"
+#include "scratch.h"
+#include "threads.h"
 
 namespace core_kernels {
 
@@ -48,22 +50,6 @@ struct Ready {
     const Packing* packing = nullptr;
 };
 
-// Memory that only grows, one for each calling thread.
-struct Scratch {
-    float* at = nullptr;
-    size_t floats = 0;
-
-    float* get(size_t wanted) {
-        if (wanted > floats) {
-            std::free(at);
-            const size_t bytes = (wanted * sizeof(float) + 4095) / 4096 * 4096;
-            at = static_cast<float*>(std::aligned_alloc(64, bytes));
-            floats = at ? bytes / sizeof(float) : 0;
-        }
-        return at;
-    }
-    ~Scratch() { std::free(at); }
-};
 thread_local Scratch scratch;
 
 // Hands ranges of [0, total) to the threads of torch until none is left; `run(shared, first, last)` does one.
@@ -80,11 +66,9 @@ void work(void* given) {
         shares.run(shares.shared, first, std::min(first + shares.chunk, shares.total));
 }
 
-int thread_count() { return run_parallel ? std::max(1, max_threads()) : 1; }
-
 void share_out(Shares& shares, int threads) {
     if (threads == 1 || shares.chunk >= shares.total) return shares.run(shares.shared, 0, shares.total);
-    run_parallel(work, &shares, unsigned(threads), 0);
+    on_threads(threads, work, &shares);
 }
 
 struct Job {
@@ -124,6 +108,14 @@ void run_rows(const void* set, const Call& call, int64_t rows, int64_t width) {
 }
 
 }  // namespace
+
+int thread_count() { return run_parallel ? std::max(1, max_threads()) : 1; }
+
+void on_threads(int threads, void (*work)(void*), void* job) {
+    if (threads <= 1 || !run_parallel) work(job);
+    else run_parallel(work, job, unsigned(threads), 0);
+}
+
 }  // namespace core_kernels
 
 using namespace core_kernels;
@@ -170,7 +162,7 @@ EXPORT void core_kernels_free(void* ready) { delete static_cast<Ready*>(ready); 
 EXPORT int32_t core_kernels_linear(const void* given, const float* x, float* out, int64_t rows) {
     const Ready& ready = *static_cast<const Ready*>(given);
     const int64_t floats = rows * ready.plan.x_stride, sum_floats = rows == 1 ? ready.packing->sum_floats(ready.plan) : 0;
-    float* memory = scratch.get(size_t(floats + sum_floats));
+    float* memory = scratch.get(floats + sum_floats);
     if (!memory) return 1;
     ready.packing->prepare(ready.plan, x, rows, memory, memory + floats);
     multiply_all({&ready, {memory, memory + floats, out, rows}});

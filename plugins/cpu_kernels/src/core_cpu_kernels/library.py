@@ -30,6 +30,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # result, arguments
     "rms_norm": (None, *[_POINTER] * 6, *[_INT] * 2, ctypes.c_float),
     "gate": (None, *[_POINTER] * 4, *[_INT] * 4, ctypes.c_int32),
     "rotate": (None, *[_POINTER] * 4, *[_INT] * 6),
+    "attention_set": (_POINTER, _POINTER),
+    "attend": (ctypes.c_int32, *[_POINTER] * 7),
     "threads": (None, _POINTER, _POINTER),
 }
 
@@ -72,6 +74,8 @@ class Library:
         self.rms_norm = partial(self._functions.core_kernels_rms_norm, self._set)
         self.gate = partial(self._functions.core_kernels_gate, self._set)
         self.rotate = partial(self._functions.core_kernels_rotate, self._set)
+        self.attend = self._functions.core_kernels_attend  # (attention_set, layer, step, q, k, v, out) -> 0
+        self.attention_set: int = self._functions.core_kernels_attention_set(self._set)
 
     def make(self, weight: Weight) -> int | None:
         """Return what `linear` takes, or None if there is no kernel for this weight."""
