@@ -1,8 +1,6 @@
 // The kernels compiled for one instruction set; setup.py gives this file its own compiler flags.
 #include "simd_avx512.h"
-#include "formats.h"
-#include "ggml.h"
-#include "matmul.h"
+#include "find.h"
 #include "elementwise.h"
 #include "instruction_set.h"
 

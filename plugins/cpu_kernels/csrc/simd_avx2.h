@@ -13,6 +13,9 @@ constexpr int W = 8;
 constexpr int MAX_ROWS = 3;  // rows of x at once: 3 x 4 sums, 3 x and one weight are all 16 registers
 constexpr int FEW_ROWS = 2;  // beside weights that are being decoded
 
+constexpr int PANEL_TILE = 6;  // rows of x at once over a panel: two sums each
+constexpr int PANEL_ROWS = 12;  // of x, from which on panels are worth it
+
 using VF = __m256;
 using VI = __m256i;
 

@@ -9,6 +9,9 @@ constexpr int W = 4;
 constexpr int MAX_ROWS = 2;
 constexpr int FEW_ROWS = 2;
 
+constexpr int PANEL_TILE = 6;  // rows of x at once over a panel: two sums each
+constexpr int PANEL_ROWS = 12;  // of x, from which on panels are worth it
+
 typedef float VF __attribute__((vector_size(16)));
 typedef int32_t VI __attribute__((vector_size(16)));
 typedef uint32_t VU __attribute__((vector_size(16)));

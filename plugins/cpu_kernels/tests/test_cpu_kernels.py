@@ -18,7 +18,7 @@ from core_cpu_kernels.kernels import CpuKernels
 from core_cpu_kernels.library import instruction_sets
 
 BOUND = 2e-6  # relative, by norm: what accumulation in float32 explains
-ROWS = [1, 2, 3, 4, 5, 6, 7, 13, 33, 129, 512]
+ROWS = [1, 2, 3, 4, 5, 6, 7, 13, 23, 24, 33, 129, 512]
 NF4 = (-1.0, -0.69, -0.52, -0.39, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16, 0.24, 0.33, 0.44, 0.56, 0.72, 1.0)
 HALVES_AT = {  # where a block keeps its scale and its min
     "Q4_0": (0,),
