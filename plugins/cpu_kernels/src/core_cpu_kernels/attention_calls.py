@@ -23,7 +23,7 @@ class LayerStruct(ctypes.Structure):
     """csrc/attention.h's `AttentionLayer`, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "sinks", "slopes")),
+        *((name, ctypes.c_void_p) for name in ("cache", "sinks", "slopes")),
         *((name, ctypes.c_int64) for name in ("num_blocks", "block_size", "heads", "kv_heads", "k_dim", "v_dim")),
         *((name, ctypes.c_int64) for name in ("window", "chunk")),
         *((name, ctypes.c_int64) for name in ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head")),
@@ -69,13 +69,10 @@ class LayerCall:
 
     def __init__(self, spec: KVSpec, num_blocks: int, block_size: int) -> None:
         self.spec = spec
-        slots = num_blocks * block_size * spec.num_kv_heads
-        self.keys, self.values = (
-            lazy_zeros((slots * dim + CACHE_TAIL,), spec.dtype, "cpu") for dim in (spec.k_dim, spec.v_dim)
-        )
+        numbers = num_blocks * block_size * spec.num_kv_heads * (spec.k_dim + spec.v_dim)
+        self.cache = lazy_zeros((numbers + CACHE_TAIL,), spec.dtype, "cpu")
         self.struct = LayerStruct(
-            keys=self.keys.data_ptr(),
-            values=self.values.data_ptr(),
+            cache=self.cache.data_ptr(),
             num_blocks=num_blocks,
             block_size=block_size,
             kv_heads=spec.num_kv_heads,
