@@ -14,7 +14,8 @@ namespace core_kernels {
 
 constexpr int64_t CACHE_TAIL = 16;   // elements behind the last block
 constexpr int64_t TILE_KEYS = 64;    // keys that are worked on at a time, in whole blocks
-constexpr int64_t SPLIT_KEYS = 256;  // a context that few queries look at is cut into pieces of so many keys
+constexpr int64_t SPLIT_KEYS = 256;  // a context that few queries look at is cut into pieces of so many keys at least ...
+constexpr int64_t MOST_KEYS = 1024;  // ... and so many at most
 
 // One layer: its cache, what it asks for, and how its tensors lie. Mirrored field by field by attention_calls.py.
 struct AttentionLayer {

@@ -16,6 +16,7 @@ from core.errors import UnsupportedAttention
 
 TYPES = {torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}  # weight.h's FloatType
 CACHE_TAIL = 16  # elements that the library may read behind the last block
+PAGE = 4096  # bytes
 HONOURS = frozenset({"window", "chunk", "softcap", "sinks", "bias"})
 
 
@@ -70,7 +71,7 @@ class LayerCall:
     def __init__(self, spec: KVSpec, num_blocks: int, block_size: int) -> None:
         self.spec = spec
         numbers = num_blocks * block_size * spec.num_kv_heads * (spec.k_dim + spec.v_dim)
-        self.cache = lazy_zeros((numbers + CACHE_TAIL,), spec.dtype, "cpu")
+        self.cache = _aligned_zeros(numbers + CACHE_TAIL, spec.dtype)
         self.struct = LayerStruct(
             cache=self.cache.data_ptr(),
             num_blocks=num_blocks,
@@ -127,6 +128,14 @@ class LayerCall:
         struct.sinks = None if sinks is None else sinks.data_ptr()
         struct.slopes = None if slopes is None else slopes.data_ptr()
         self._kept = (sinks, slopes)
+
+
+def _aligned_zeros(count: int, dtype: torch.dtype) -> Tensor:
+    """Begin on a page: where vectors cross the lines of the processor's cache, reading takes half as long again."""
+    page = PAGE // dtype.itemsize
+    memory = lazy_zeros((count + page,), dtype, "cpu")
+    skipped = -memory.data_ptr() % PAGE // dtype.itemsize
+    return memory[skipped : skipped + count]
 
 
 def _rows_dense(x: Tensor) -> Tensor:
