@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -21,9 +22,7 @@ if X86:
     SOURCES |= {"csrc/avx2.cpp": AVX2, "csrc/avx512.cpp": AVX512}
     ATTENTION |= {"csrc/attention_avx2.cpp": AVX2, "csrc/attention_avx512.cpp": AVX512}
 SOURCES |= ATTENTION
-HEADERS = ["weight.h", "formats.h", "ggml.h", "matmul.h", "simd_plain.h", "simd_avx2.h", "simd_avx512.h"]
-HEADERS += ["attention.h", "attention_math.h", "attention_tile.h", "scratch.h", "threads.h"]
-HEADERS += ["softmax_plain.h", "softmax_avx2.h", "softmax_avx512.h"]
+HEADERS = sorted(path.name for path in Path(__file__).parent.glob("csrc/*.h"))
 
 
 class BuildKernels(build_ext):

@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "scratch.h"
+#include "instruction_set.h"
 #include "threads.h"
 #include "weight.h"
 
