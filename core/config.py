@@ -48,9 +48,7 @@ class EngineConfig:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype {self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
         if self.kv_cache_dtype not in DTYPES:
-            raise ConfigError(
-                f"kv_cache_dtype {self.kv_cache_dtype!r} is unknown; choose one of {', '.join(DTYPES)}."
-            )
+            raise ConfigError(f"kv_cache_dtype {self.kv_cache_dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
         if self.tensor_parallel_size != 1:
             raise ConfigError("tensor_parallel_size above 1 is not supported yet; leave it at 1.")
         positive = ("max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "block_size", "kv_cache_memory")

@@ -1,12 +1,12 @@
 """Time attention in place against torch's own and against what memory and sgemm allow.
 
-    python plugins/cpu_kernels/bench_attention.py [--heads 9x3x64] [--isa avx2] [--threads 2] [--cache bfloat16] [--in-order]
+    python plugins/cpu_kernels/bench_attention.py [--heads 9x3x64] [--isa avx2] [--threads 2] [--cache bfloat16]
 
 Heads are query heads x K/V heads x their width. Milliseconds a layer, the fastest call; with one thread its own time,
-otherwise the clock's. Layers take turns, so that K and V come from memory. Blocks of 16 tokens stand in random order, as in
-a pool long in use, or in order, as in a new one.
-"share" of decode: the bytes of K and V a second, of what a sum over memory reads; of prefill: the multiply-adds of what is
-seen, of what sgemm computes.
+otherwise the clock's. Layers take turns, up to 30 of them, so that K and V of all but short contexts come from memory.
+Blocks of 16 tokens stand in random order, as in a pool long in use, or with --in-order as in a new one. "share" of
+decode: the bytes of K and V a second, of what a sum over memory reads; of prefill: the multiply-adds of what is seen,
+of what sgemm computes.
 """
 
 from __future__ import annotations

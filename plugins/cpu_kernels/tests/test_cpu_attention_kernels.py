@@ -39,7 +39,7 @@ ARGS = {
 }
 MIXES = {
     "decode at block edges": [(1, 1), (15, 1), (16, 1), (17, 1), (64, 1), (65, 1)],
-    "long decode": [(256, 1), (257, 1), (700, 1)],
+    "long decode": [(256, 1), (257, 1), (1500, 1)],
     "prefill": [(7, 7), (64, 64), (1, 1), (129, 129)],
     "chunks beside decode": [(300, 1), (130, 64), (3, 3), (600, 3), (257, 70), (16, 1)],
 }
@@ -159,14 +159,18 @@ def test_attention_is_the_reference_s_whatever_is_asked(backend, name, mix):
         Step(MIXES[mix], KVSpec("layer", *dims, torch.float32)).check(backend, AttentionArgs(0.4, **ARGS[name]))
 
 
-@pytest.mark.parametrize("block_size", [1, 4, 5, 16, 32, 100, 272])
-@pytest.mark.parametrize("dims", [(1, 8, 8), (3, 64, 64), (2, 80, 72), (6, 6, 4), (1, 576, 512), (2, 1, 130)], ids=str)
+@pytest.mark.parametrize(
+    ("block_size", "dims"),
+    [(1, (1, 8, 8)), (4, (3, 64, 64)), (5, (2, 80, 72)), (16, (2, 1, 130)), (16, (1, 576, 512)), (32, (6, 6, 4)),
+     (100, (2, 80, 72)), (272, (3, 64, 64))],
+    ids=str,
+)  # fmt: skip
 def test_blocks_and_heads_may_be_of_any_size(backend, dims, block_size):
     step = Step(MIXES["chunks beside decode"], KVSpec("layer", *dims, torch.float32), block_size)
     step.check(backend, AttentionArgs(dims[1] ** -0.5, **ARGS["all"]))
 
 
-@pytest.mark.parametrize("heads", [1, 2, 5, 7, 8, 12, 32, 71])
+@pytest.mark.parametrize("heads", [1, 5, 7, 8, 71])
 def test_any_number_of_heads_may_share_one_of_the_cache(backend, heads):
     step = Step(MIXES["chunks beside decode"], KVSpec("layer", 1, 16, 16, torch.float32), heads=heads)
     step.check(backend, AttentionArgs(0.25))
@@ -207,11 +211,15 @@ def test_a_nan_of_the_request_s_own_is_not_hidden(backend):
     assert found[0].isnan().all() and not found[1].isnan().any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_attention_is_the_reference_s_for_random_steps(data):
     lens = data.draw(
-        st.lists(st.integers(1, 400).flatmap(lambda c: st.tuples(st.just(c), st.integers(1, min(c, 80)))), min_size=1, max_size=5)
+        st.lists(
+            st.integers(1, 400).flatmap(lambda context: st.tuples(st.just(context), st.integers(1, min(context, 80)))),
+            min_size=1,
+            max_size=5,
+        )
     )
     kv_heads, group = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 7))
     spec = KVSpec(
