@@ -35,6 +35,7 @@ class EngineConfig:
     block_size: int = 16  # tokens in a KV block
     num_blocks: int | None = None  # KV blocks; None = from kv_cache_memory
     kv_cache_memory: int = 2 * 1024**3  # bytes for K/V at the most
+    kv_cache_dtype: str = "auto"  # of K/V in the cache; auto = what the model computes in
     tensor_parallel_size: int = 1
     seed: int = 0  # for requests that give none
     disable_plugins: tuple[str, ...] = ()
@@ -46,6 +47,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype {self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
+        if self.kv_cache_dtype not in DTYPES:
+            raise ConfigError(f"kv_cache_dtype {self.kv_cache_dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
         if self.tensor_parallel_size != 1:
             raise ConfigError("tensor_parallel_size above 1 is not supported yet; leave it at 1.")
         positive = ("max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "block_size", "kv_cache_memory")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from core.blocks import BlockPool
 from core.choice import Choice, explain_text
 from core.config import EngineConfig
-from core.contracts import AttentionBackend, Checkpoint, Model, QuantMethod, Refusal
+from core.contracts import AttentionBackend, Checkpoint, KVSpec, Model, QuantMethod, Refusal
 from core.engine import Engine
 from core.engine_info import EngineInfo
 from core.errors import ConfigError, CoreError
@@ -136,7 +136,7 @@ def _assemble(
 ) -> Engine:
     spec = checkpoint.spec
     max_model_len = choose_model_len(config, spec)
-    specs = list(model.kv_specs())
+    specs = cache_specs(model, config.kv_cache_dtype)
     chunked = model.features.chunked_prefill
     step = config.max_num_batched_tokens if chunked else max(config.max_num_batched_tokens, max_model_len)
     memory = size_memory(config, specs, max_model_len, step)
@@ -179,10 +179,10 @@ def _assemble(
         explanation=explanation,
     )
     logger.info(
-        "model: %s · attention: %s · quantizer: %s · kernels: %s · %s on %s · %d blocks of %d tokens",
+        "model: %s · attention: %s · quantizer: %s · kernels: %s · %s on %s · %d blocks of %d tokens%s",
         info.impl_name, attention_name, info.quantization or "none",
         context.kernels.name if context.kernels else "torch", info.dtype, info.device, info.num_blocks,
-        config.block_size,
+        config.block_size, "" if config.kv_cache_dtype == "auto" else f" in {config.kv_cache_dtype}",
     )  # fmt: skip
     for reach, blocks in memory.windows.items():
         logger.info("layers of %s: %d blocks; what lies further back is given back", reach, blocks)
@@ -191,6 +191,19 @@ def _assemble(
     scheduler = Scheduler(BlockPool(memory.num_blocks, config.block_size), limits, pools)
     sampler = Sampler(model.vocab_size, eos, context.device)
     return Engine(info, config, host, runner, scheduler, sampler, tokenizer, eos)
+
+
+def cache_specs(model: Model, dtype: str) -> list[KVSpec]:
+    """Return what each layer keeps, in the dtype asked for. Raises ConfigError if the model keeps no K/V here."""
+    specs = list(model.kv_specs())
+    if dtype == "auto":
+        return specs
+    if not specs:
+        raise ConfigError(
+            f"kv_cache_dtype {dtype} was asked for, but {model.impl_name} keeps its own state and no K/V in blocks; "
+            "leave it at auto."
+        )
+    return [replace(spec, dtype=getattr(torch, dtype)) for spec in specs]
 
 
 def choose_model_len(config: EngineConfig, spec: ModelSpec) -> int:

@@ -108,7 +108,7 @@ class CpuAttention:
         read = self._plan.decode_reads.get(shape)
         if read is None:
             read = self._plan.decode_reads[shape] = self._decode_read(shape)
-        k, v = self.cache.gather(layer, read.block_ids)
+        k, v = (x.to(q.dtype) for x in self.cache.gather(layer, read.block_ids))
         k, v = (x.view(len(q), -1, *x.shape[1:]).transpose(1, 2) for x in (k, v))  # [requests, kv_heads, keys, dim]
         grouped = q.view(len(q), k.shape[1], -1, q.shape[-1])
         if _fused(args, k, v):
@@ -148,6 +148,9 @@ class CpuAttention:
             read = self._plan.prefill_reads[key] = self._prefill_read(row, reach, args)
         if read.block_ids is not None:
             k, v = (x[: read.num_keys] for x in self.cache.gather(layer, read.block_ids))
+        else:  # as a later chunk would find them
+            k, v = (x.to(self.cache.specs[layer].dtype) for x in (k, v))
+        k, v = k.to(q.dtype), v.to(q.dtype)
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, tokens, dim]
         if _fused(args, k, v):
             out = F.scaled_dot_product_attention(

@@ -51,7 +51,7 @@ class PagedCache:
         values.view(-1, *values.shape[2:]).index_copy_(0, slots, v.to(values.dtype))
 
     def gather(self, layer: int, block_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return K and V of `block_ids` [n]: [n * block_size, kv_heads, dim] each, copied out."""
+        """Return K and V of `block_ids` [n]: [n * block_size, kv_heads, dim] each, copied out, in the cache's dtype."""
         keys, values = self.keys[layer], self.values[layer]
         k = keys.view(len(keys), -1).index_select(0, block_ids)
         v = values.view(len(values), -1).index_select(0, block_ids)

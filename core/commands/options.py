@@ -122,6 +122,7 @@ ENGINE_OPTIONS = [
     _option(
         "--kv-cache-memory", type=byte_size, show_default=False, metavar="SIZE", help="Memory for K/V. Default: 2GiB."
     ),
+    _option("--kv-cache-dtype", type=click.Choice(DTYPES), help="Of K/V in the cache. auto is the model's own."),
     _option("--random-seed", "--seed", "seed", type=int, help="For requests that give none."),
     _option("--num-threads", type=int, help="CPU threads of the engine. Default: torch's own choice."),
 ]

@@ -1,9 +1,10 @@
 // What the C ABI of attention and the code of each instruction set share. Knows no instruction set.
 //
-// The cache of a layer, block by block and head by head, so that both products read it as it lies:
-//   keys    [blocks, kv_heads, k_dim, block_size]   a vector of it holds one dimension of several keys
-//   values  [blocks, kv_heads, block_size, v_dim]   a vector of it holds several dimensions of one key
-// Both are followed by CACHE_TAIL elements, since vectors are read whole. Slots that hold nothing may hold anything, NaN too.
+// The cache of a layer is [kv_heads, blocks], and of each block for one head the keys, then the values:
+//   keys    [k_dim, block_size]   a vector of it holds one dimension of several keys
+//   values  [block_size, v_dim]   a vector of it holds several dimensions of one key
+// so that both products read it as it lies, and blocks that follow each other are one piece of memory. Behind it are
+// CACHE_TAIL elements, since vectors are read whole. Slots that hold nothing may hold anything, NaN too.
 #pragma once
 
 #include <cstdint>
@@ -13,11 +14,12 @@ namespace core_kernels {
 
 constexpr int64_t CACHE_TAIL = 16;   // elements behind the last block
 constexpr int64_t TILE_KEYS = 64;    // keys that are worked on at a time, in whole blocks
-constexpr int64_t SPLIT_KEYS = 256;  // a context that few queries look at is cut into pieces of so many keys
+constexpr int64_t SPLIT_KEYS = 256;  // a context that few queries look at is cut into pieces of so many keys at least ...
+constexpr int64_t MOST_KEYS = 1024;  // ... and so many at most
 
 // One layer: its cache, what it asks for, and how its tensors lie. Mirrored field by field by attention_calls.py.
 struct AttentionLayer {
-    void *keys, *values;
+    void* cache;
     const float* sinks;   // [heads], or null
     const float* slopes;  // [heads], or null
     int64_t num_blocks, block_size, heads, kv_heads, k_dim, v_dim;
@@ -36,6 +38,14 @@ struct AttentionStep {
     int64_t table_width, requests;
     int64_t checked;  // 0: nobody has compared the blocks with num_blocks yet
 };
+
+// Where the keys and the values of a block lie for one head, in elements.
+inline int64_t keys_at(const AttentionLayer& layer, int64_t head, int64_t block) {
+    return (head * layer.num_blocks + block) * layer.block_size * (layer.k_dim + layer.v_dim);
+}
+inline int64_t values_at(const AttentionLayer& layer, int64_t head, int64_t block) {
+    return keys_at(layer, head, block) + layer.block_size * layer.k_dim;
+}
 
 struct AttentionCall {
     const AttentionLayer* layer;

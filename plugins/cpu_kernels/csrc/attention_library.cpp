@@ -54,9 +54,14 @@ bool blocks_exist(const AttentionCall& call) {
     return true;
 }
 
-// Cut the keys of a request that is one tile: its pieces begin at multiples of the same length in every step.
-void add_split(Job& job, Tile tile, int64_t length) {
-    const int64_t from = tile.from, to = tile.to;
+// Cut the keys of a request that is one tile. Where, follows from the request alone: what it gets does not depend on who
+// runs beside it. Long pieces read faster, since nothing is fetched ahead of a piece's first keys.
+void add_split(Job& job, Tile tile) {
+    const int64_t from = tile.from, to = tile.to, size = job.call.layer->block_size;
+    const int64_t whole = std::max<int64_t>(1, TILE_KEYS / size) * size;
+    int64_t length = SPLIT_KEYS;
+    while (length < MOST_KEYS && 4 * length < to - from) length *= 2;
+    length = (length + whole - 1) / whole * whole;
     if (from / length == (to - 1) / length) return job.tiles.push_back(tile);
     for (int64_t at = from / length * length; at < to; at += length) {
         tile.from = std::max(at, from), tile.to = std::min(at + length, to), tile.part = int64_t(job.split_of.size());
@@ -70,8 +75,6 @@ void make_tiles(Job& job) {
     const AttentionLayer& layer = *job.call.layer;
     const AttentionStep& step = *job.call.step;
     const int64_t group = layer.heads / layer.kv_heads, tokens = std::max<int64_t>(1, TILE_ROWS / group);
-    const int64_t whole = std::max<int64_t>(1, TILE_KEYS / layer.block_size) * layer.block_size;
-    const int64_t length = (SPLIT_KEYS + whole - 1) / whole * whole;
     for (int64_t request = 0; request < step.requests; request++) {
         const int64_t count = step.query_starts[request + 1] - step.query_starts[request];
         const int64_t start = step.context_lens[request] - count;
@@ -81,7 +84,7 @@ void make_tiles(Job& job) {
             job.work += (to - from) * (last - first) * layer.heads * (layer.k_dim + layer.v_dim);
             for (int64_t head = 0; head < layer.kv_heads; head++) {
                 const Tile tile = {request, head, first, last, from, to, -1};
-                if (count <= tokens) add_split(job, tile, length);
+                if (count <= tokens) add_split(job, tile);
                 else job.tiles.push_back(tile);
             }
         }

@@ -20,43 +20,57 @@ constexpr int PANEL = 4;  // vectors side by side in registers
 
 // -------------------------------------------------------------------------------------------------- storing
 
-template <class From, class To> void store_rows(const AttentionCall& call, int64_t first, int64_t last, const From* from, To* to, int64_t token_stride, int64_t head_stride, int64_t dims, bool transposed) {
+template <class From, class To> void store_keys(const AttentionCall& call, int64_t first, int64_t last, const From* from, To* to) {
     const AttentionLayer& layer = *call.layer;
-    const int64_t size = layer.block_size, step = transposed ? size : 1;
     for (int64_t token = first; token < last; token++) {
-        const int64_t block = call.step->slots[token] / size, offset = call.step->slots[token] % size;
+        const int64_t block = call.step->slots[token] / layer.block_size, offset = call.step->slots[token] % layer.block_size;
         for (int64_t head = 0; head < layer.kv_heads; head++) {
-            const From* x = from + token * token_stride + head * head_stride;
-            To* at = to + (block * layer.kv_heads + head) * size * dims + offset * (transposed ? 1 : dims);
-            for (int64_t d = 0; d < dims; d++) put(at + d * step, to_number(x[d]));
+            const From* x = from + token * layer.k_token + head * layer.k_head;
+            To* at = to + keys_at(layer, head, block) + offset;
+            for (int64_t d = 0; d < layer.k_dim; d++) put(at + d * layer.block_size, to_number(x[d]));
+        }
+    }
+}
+
+template <class From, class To> void store_values(const AttentionCall& call, int64_t first, int64_t last, const From* from, To* to) {
+    const AttentionLayer& layer = *call.layer;
+    for (int64_t token = first; token < last; token++) {
+        const int64_t block = call.step->slots[token] / layer.block_size, offset = call.step->slots[token] % layer.block_size;
+        for (int64_t head = 0; head < layer.kv_heads; head++) {
+            const From* x = from + token * layer.v_token + head * layer.v_head;
+            To* at = to + values_at(layer, head, block) + offset * layer.v_dim;
+            for (int64_t d = 0; d < layer.v_dim; d++) put(at + d, to_number(x[d]));
         }
     }
 }
 
 void store_tokens(const AttentionCall& call, int64_t first, int64_t last) {
     const AttentionLayer& layer = *call.layer;
-    with_type(layer.cache_type, [&](auto* to) {
-        using To = decltype(to);
-        with_type(layer.k_type, [&](auto* from) {
-            const auto* k = static_cast<decltype(from)>(const_cast<void*>(call.k));
-            store_rows(call, first, last, k, static_cast<To>(layer.keys), layer.k_token, layer.k_head, layer.k_dim, true);
-        });
-        with_type(layer.v_type, [&](auto* from) {
-            const auto* v = static_cast<decltype(from)>(const_cast<void*>(call.v));
-            store_rows(call, first, last, v, static_cast<To>(layer.values), layer.v_token, layer.v_head, layer.v_dim, false);
-        });
+    with_type(layer.cache_type, [&](auto* type) {
+        auto* cache = static_cast<decltype(type)>(layer.cache);
+        with_type(layer.k_type, [&](auto* from) { store_keys(call, first, last, static_cast<const std::remove_pointer_t<decltype(from)>*>(call.k), cache); });
+        with_type(layer.v_type, [&](auto* from) { store_values(call, first, last, static_cast<const std::remove_pointer_t<decltype(from)>*>(call.v), cache); });
     });
 }
 
 // -------------------------------------------------------------------------------------------------- products
 
+// Both products bring what comes next into the cache (AHEAD) between their sums, while the memory would rest.
+template <bool AHEAD> INLINE void fetch(const void* p) {
+    if constexpr (AHEAD) {
+        __builtin_prefetch(p, 0, 2);
+        asm volatile("" : : "r"(p));  // GCC drops calls of functions that do nothing but fetch
+    }
+}
+
 // scores[r][at[c] ...] = q[r] . keys[c]: ROWS rows, COLS vectors of keys whose dimensions are `step` elements apart.
-template <class T, int ROWS, int COLS> void score(const float* q, int64_t q_stride, const T* const* keys, const int32_t* at, int64_t step, int64_t dims, float* scores, int64_t stride) {
+template <class T, int ROWS, int COLS, bool AHEAD> void score(const float* q, int64_t q_stride, const T* const* keys, const T* const* next, const int32_t* at, int64_t step, int64_t dims, float* scores, int64_t stride) {
     VF total[ROWS][COLS];
     unrolled<ROWS * COLS>([&](auto i) { total[i / COLS][i % COLS] = zero(); });
-    const T* key[COLS];
-    unrolled<COLS>([&](auto c) { key[c] = keys[c]; });
+    const T *key[COLS], *later[COLS];
+    unrolled<COLS>([&](auto c) { key[c] = keys[c], later[c] = next[c]; });
     for (int64_t d = 0; d < dims; d++) {
+        unrolled<COLS>([&](auto c) { fetch<AHEAD>(later[c] + d * step); });
         if constexpr (ROWS > COLS) {  // hold what is fewer in registers
             VF held[COLS];
             unrolled<COLS>([&](auto c) { held[c] = load_floats(key[c] + d * step); });
@@ -79,13 +93,13 @@ template <class T, int ROWS, int COLS> void score(const float* q, int64_t q_stri
 
 // Keys [from, to) of a tile, whose values lie in blocks of `size` keys.
 template <class T> struct Values {
-    const T* const* blocks;
+    const T *const *blocks, *const *next;
     int64_t size, dims;
     int64_t from, to;
 };
 
 // out[r] = out[r] * shrink[r] + weights[r] @ values: ROWS rows, COLS vectors of dimensions.
-template <class T, int ROWS, int COLS> void gather(const float* weights, int64_t stride, const float* shrink, const Values<T>& values, int64_t column, float* out, int64_t out_stride) {
+template <class T, int ROWS, int COLS, bool AHEAD> void gather(const float* weights, int64_t stride, const float* shrink, const Values<T>& values, int64_t column, float* out, int64_t out_stride) {
     VF total[ROWS][COLS];
     unrolled<ROWS>([&](auto r) {
         const VF factor = set1(shrink[r]);
@@ -93,8 +107,10 @@ template <class T, int ROWS, int COLS> void gather(const float* weights, int64_t
     });
     for (int64_t j = values.from; j < values.to;) {
         const int64_t block = j / values.size, end = std::min(values.to, (block + 1) * values.size);
-        const T* v = values.blocks[block] + (j - block * values.size) * values.dims + column;
-        for (; j < end; j++, v += values.dims) {
+        const int64_t skipped = (j - block * values.size) * values.dims + column;
+        const T *v = values.blocks[block] + skipped, *later = values.next[block] + skipped;
+        for (; j < end; j++, v += values.dims, later += values.dims) {
+            unrolled<COLS>([&](auto c) { fetch<AHEAD>(later + c * W); });
             if constexpr (ROWS > COLS) {
                 VF held[COLS];
                 unrolled<COLS>([&](auto c) { held[c] = load_floats(v + c * W); });
@@ -217,7 +233,7 @@ template <class T> struct TileWork {
     void read_queries() {
         const int64_t first = call.step->query_starts[tile.request] + tile.first;
         with_type(layer.q_type, [&](auto* from) {
-            const auto* x = static_cast<decltype(from)>(const_cast<void*>(call.q));
+            const auto* x = static_cast<const std::remove_pointer_t<decltype(from)>*>(call.q);
             for (int64_t row = 0; row < rows; row++) {
                 const auto* one = x + (first + row / group) * layer.q_token + (tile.kv_head * group + row % group) * layer.q_head;
                 for (int64_t d = 0; d < layer.k_dim; d++) q[row * layer.k_dim + d] = to_number(one[d]) * layer.scaling;
@@ -229,16 +245,18 @@ template <class T> struct TileWork {
 
     // Keys of blocks [first, last).
     void look_up(Keys<T>& found, int64_t first, int64_t last) const {
-        const int64_t k_plane = layer.k_dim * size, v_plane = layer.v_dim * size;
+        const T* cache = static_cast<const T*>(layer.cache);
         found.position = first * size, found.count = std::min(last * size, tile.to) - found.position, found.vectors = 0;
         for (int64_t block = first; block < last; block++) {
-            const int64_t plane = table[block] * layer.kv_heads + tile.kv_head;
-            found.values[block - first] = static_cast<const T*>(layer.values) + plane * v_plane;
+            const T* keys = cache + keys_at(layer, tile.kv_head, table[block]);
+            found.values[block - first] = cache + values_at(layer, tile.kv_head, table[block]);
             for (int64_t i = 0; i < vectors_of_block && (block - first) * size + i * W < found.count; i++) {
-                found.keys[found.vectors] = static_cast<const T*>(layer.keys) + plane * k_plane + i * W;
+                found.keys[found.vectors] = keys + i * W;
                 found.at[found.vectors++] = int32_t((block - first) * size + i * W);
             }
         }
+        std::fill(found.keys + found.vectors, found.keys + blocks_at_once * vectors_of_block, found.keys[0]);  // fetched, not read
+        std::fill(found.values + last - first, found.values + blocks_at_once, found.values[0]);
     }
 
     void run() {
@@ -252,16 +270,14 @@ template <class T> struct TileWork {
             const bool ahead = block < last_block;
             if (ahead) look_up(next, block, end_of(block));
             const int64_t groups = (rows + MAX_ROWS - 1) / MAX_ROWS;  // rows are shared out evenly: 8 as 4 and 4
-            for (int64_t g = 0; g < groups; g++) run_rows(rows * g / groups, rows * (g + 1) / groups, ahead && g == 0);
+            for (int64_t g = 0; g < groups; g++) {
+                if (ahead && g == 0) run_rows<true>(0, rows / groups);
+                else run_rows<false>(rows * g / groups, rows * (g + 1) / groups);
+            }
         }
     }
 
-    // Fetch what the next keys need while the memory would rest.
-    void fetch(const T* from, int64_t count) const {
-        for (int64_t i = 0; i < count; i += int64_t(64 / sizeof(T))) __builtin_prefetch(from + i);
-    }
-
-    INLINE void run_rows(int64_t first, int64_t last, bool ahead) {
+    template <bool AHEAD> INLINE void run_rows(int64_t first, int64_t last) {
         const int count = int(last - first);
         const int from = int(std::max<int64_t>(oldest_seen(layer, position(first)) - now.position, 0));
         const int to = int(std::min(position(last - 1) + 1 - now.position, now.count));
@@ -273,18 +289,13 @@ template <class T> struct TileWork {
             while (end > begin && now.at[end - 1] >= to) end--;
             in_panels(end - begin, [&](int64_t c, auto width) {
                 c += begin;
-                if (ahead)
-                    for (int64_t i = c; i < std::min(c + width, next.vectors); i++)
-                        if (next.at[i] % size == 0) fetch(next.keys[i], layer.k_dim * size);
-                score<T, ROWS, width>(q + first * layer.k_dim, layer.k_dim, now.keys + c, now.at + c, size, layer.k_dim, scores, stride);
+                score<T, ROWS, width, AHEAD>(q + first * layer.k_dim, layer.k_dim, now.keys + c, next.keys + c, now.at + c, size, layer.k_dim, scores, stride);
             });
             alignas(64) float shrink[std::max(MAX_ROWS, W)];
             soften(first, count, from, to, shrink);
-            const Values<T> values{now.values, size, layer.v_dim, from, to};
-            if (ahead)
-                for (int64_t i = 0; i < (next.count + size - 1) / size; i++) fetch(next.values[i], layer.v_dim * size);
+            const Values<T> values{now.values, next.values, size, layer.v_dim, from, to};
             in_panels(v_floats / W, [&](int64_t c, auto width) {
-                gather<T, ROWS, width>(scores, stride, shrink, values, c * W, out + first * v_floats + c * W, v_floats);
+                gather<T, ROWS, width, AHEAD>(scores, stride, shrink, values, c * W, out + first * v_floats + c * W, v_floats);
             });
         });
     }
@@ -334,7 +345,7 @@ template <class T> void attend_typed(const AttentionCall& call, const Tile& tile
 }
 
 void attend_tile(const AttentionCall& call, const Tile& tile, const AttentionPart* part) {
-    with_type(call.layer->cache_type, [&](auto* type) { attend_typed<std::remove_reference_t<decltype(*type)>>(call, tile, part); });
+    with_type(call.layer->cache_type, [&](auto* type) { attend_typed<std::remove_pointer_t<decltype(type)>>(call, tile, part); });
 }
 
 // The first part becomes the sum of all of them (flash-decoding, Dao et al. 2023).

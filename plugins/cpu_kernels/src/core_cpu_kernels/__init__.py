@@ -1,4 +1,4 @@
-"""Fast kernels on a CPU: linears whose weights are multiplied as they lie in memory, attention that reads K and V so."""
+"""Fast kernels on a CPU: weights are multiplied, and K and V are attended to, as they lie in memory."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ class CpuKernelAttention:
         for spec in specs:
             if spec.dtype not in TYPES or spec.device != "cpu":
                 raise UnsupportedAttention(
-                    f"Layer {spec.name} keeps K and V in {spec.dtype} on {spec.device}; attention backend {self.name!r} "
-                    f"keeps float32, bfloat16 and float16 on the CPU."
+                    f"Layer {spec.name} keeps K and V in {spec.dtype} on {spec.device}; attention backend "
+                    f"{self.name!r} keeps float32, bfloat16 and float16 on the CPU."
                 )
         self.layers = [LayerCall(spec, count, block_size) for spec, count in zip(specs, num_blocks, strict=True)]
 
