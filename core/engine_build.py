@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from core.blocks import BlockPool
 from core.choice import Choice, explain_text
 from core.config import EngineConfig
-from core.contracts import AttentionBackend, Checkpoint, KVSpec, Model, QuantMethod, Refusal
+from core.contracts import AttentionBackend, Checkpoint, KVSpec, Model, QuantMethod, Refusal, Tokenizer
 from core.engine import Engine
 from core.engine_info import EngineInfo
 from core.errors import ConfigError, CoreError
@@ -28,10 +28,18 @@ logger = logging.getLogger("core_serve")
 DEFAULT_MODEL_LEN = 2048  # tokens, where a config states none
 
 
-def build_engine(config: EngineConfig, host: PluginHost | None = None) -> Engine:
-    """Build an engine. Raises CoreError where the model cannot be served as asked."""
+def build_engine(
+    config: EngineConfig, host: PluginHost | None = None, hand_over: Callable[[Tokenizer | None], None] | None = None
+) -> Engine:
+    """Build an engine. Raises CoreError where the model cannot be served as asked.
+
+    `hand_over` is given the tokenizer as soon as it is open, long before the model is built.
+    """
     host = host or PluginHost.load(disable=config.disable_plugins)
     plan = make_plan(config, host)
+    tokenizer = None if config.skip_tokenizer_init else host.tokenizer(plan.checkpoint.spec, config)
+    if hand_over is not None:
+        hand_over(tokenizer)
     model, attempts = build_model(plan.models.eligible, plan.checkpoint, plan.context)
     give_back()
     return _assemble(
@@ -40,6 +48,7 @@ def build_engine(config: EngineConfig, host: PluginHost | None = None) -> Engine
         plan.checkpoint,
         model,
         plan.context,
+        tokenizer,
         plan.attention.winner.bid.name,
         explain_text(plan.models),
         attempts,
@@ -130,6 +139,7 @@ def _assemble(
     checkpoint: Checkpoint,
     model: Model,
     context: BuildContext,
+    tokenizer: Tokenizer | None,
     attention_name: str,
     explanation: str,
     attempts: Sequence[BuildAttempt],
@@ -159,7 +169,6 @@ def _assemble(
         prefix_caching=prefix_caching,
         restart_after=model.features.restart_after,
     )
-    tokenizer = None if config.skip_tokenizer_init else host.tokenizer(spec, config)
     eos = sorted({*spec.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())})
     info = EngineInfo(
         model_name=config.served_model_name or spec.name,

@@ -58,7 +58,8 @@ def provide_checkpoint(path: str, options: EngineConfig) -> Checkpoint | None:
 def provide_tokenizer(spec: ModelSpec, options: EngineConfig) -> Tokenizer | None:
     """Make the checkpoint's tokenizer, or return None.
 
-    Called once in the server's process and once in the engine's. Builtin last: transformers' AutoTokenizer.
+    Called once in the engine's process, which hands it to the server's; there as well if it cannot be pickled. Builtin
+    last: transformers' AutoTokenizer.
     """
 
 

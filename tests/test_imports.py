@@ -93,6 +93,7 @@ def loaded_by(code):
         "import core.scheduler, core.blocks, core.request",
         "import core.cli",
         "from core.plugins import PluginHost; PluginHost.load()",
+        "import core.server.start",  # what starts the engine's process
         "from core.cli import run; run(['--help'])",
         "from core.cli import run; run(['plugins'])",
     ],

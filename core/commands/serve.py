@@ -62,7 +62,7 @@ def serve(given: Mapping[str, Any], host: PluginHost) -> int:
     """Serve until told to stop; return the exit code."""
     server = ServerOptions(**{name: given[name] for name in SERVER_FIELDS})
     config = make_config({name: value for name, value in given.items() if name not in SERVER_FIELDS}, host)
-    from core.server.run import serve as run_server
+    from core.server.start import serve as run_server
 
     return run_server(_named(config), server, host)
 

@@ -9,7 +9,7 @@ from core.server.options import ServerOptions
 if TYPE_CHECKING:
     from core.server.app import create_app
     from core.server.client import EngineClient
-    from core.server.run import serve
+    from core.server.start import serve
 
 __all__ = ["EngineClient", "ServerOptions", "create_app", "serve"]
 
@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
 
         return EngineClient
     if name == "serve":
-        from core.server.run import serve
+        from core.server.start import serve
 
         return serve
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

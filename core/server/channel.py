@@ -9,15 +9,13 @@ import asyncio
 import atexit
 import contextlib
 import logging
-import multiprocessing
 import queue
 import threading
 from collections.abc import Callable
 from typing import Any
 
-from core.config import EngineConfig
 from core.server.messages import Command, Reply
-from core.server.process import BuildEngine, Resolved, run_process
+from core.server.spawn import Spawned
 
 logger = logging.getLogger("core_serve.server")
 
@@ -36,21 +34,13 @@ class EngineChannel:
         self._loop = asyncio.get_running_loop()
         self._on_reply, self._on_lost, self._on_exit = on_reply, on_lost, on_exit
         self._outbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._context = multiprocessing.get_context("spawn")
         self.process: Any = None
 
-    def start(self, config: EngineConfig, resolved: Resolved, build: BuildEngine, log_level: str) -> None:
-        """Start the process and the threads."""
-        commands_in, commands_out = self._context.Pipe(duplex=False)
-        replies_in, replies_out = self._context.Pipe(duplex=False)
-        arguments = (config, resolved, build, commands_in, replies_out, log_level)
-        self.process = self._context.Process(target=run_process, args=arguments, name="core-serve-engine", daemon=True)
-        self.process.start()
-        atexit.register(self.kill)  # it ignores SIGTERM, so multiprocessing's own clean-up would wait for ever
-        commands_in.close()  # the process has its own; with ours open its death would go unseen
-        replies_out.close()
-        threading.Thread(target=self._write, args=(commands_out,), daemon=True, name="engine-writer").start()
-        threading.Thread(target=self._read, args=(replies_in,), daemon=True, name="engine-reader").start()
+    def open(self, spawned: Spawned) -> None:
+        """Talk to a process that was started: from now on replies arrive."""
+        self._spawned, self.process = spawned, spawned.process
+        threading.Thread(target=self._write, args=(spawned.commands,), daemon=True, name="engine-writer").start()
+        threading.Thread(target=self._read, args=(spawned.replies,), daemon=True, name="engine-reader").start()
 
     def send(self, command: Command) -> None:
         """Queue a command; it is lost if the process dies first."""
@@ -58,8 +48,7 @@ class EngineChannel:
 
     def kill(self) -> None:
         """End the process at once. One that has ended already is fine."""
-        if self.process is not None and self.process.pid is not None:
-            self.process.kill()
+        self._spawned.kill()
 
     def _write(self, commands: Any) -> None:
         with commands:
@@ -90,7 +79,7 @@ class EngineChannel:
             logger.warning("The engine process did not end by itself; it is killed.")
             self.kill()
             self.process.join()
-        atexit.unregister(self.kill)
+        atexit.unregister(self._spawned.kill)
 
     def _call(self, callback: Callable[..., None], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens any more

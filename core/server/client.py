@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from core.outputs import Delta
 from core.plugins import PluginHost
 from core.request import ClientRequest
 from core.server.channel import EngineChannel
-from core.server.codec import Codec, load_tokenizer
+from core.server.codec import Codec, take_tokenizer
 from core.server.errors import HttpError
 from core.server.messages import (
     Abort,
@@ -27,6 +27,7 @@ from core.server.messages import (
     Add,
     Crashed,
     LoadFailed,
+    Opened,
     Ready,
     Refused,
     Reply,
@@ -37,6 +38,7 @@ from core.server.messages import (
 )
 from core.server.process import BuildEngine, build_in_process
 from core.server.requests import RequestStream
+from core.server.spawn import Spawned, spawn
 
 logger = logging.getLogger("core_serve.server")
 
@@ -68,16 +70,17 @@ class EngineClient:
         host: PluginHost | None = None,
         *,
         build: BuildEngine = build_in_process,
-        tokenizer: Callable[[EngineConfig, PluginHost], Tokenizer | None] = load_tokenizer,
         restart: RestartPolicy | None = None,
         log_level: str = "info",
+        started: Spawned | None = None,
     ) -> None:
+        """`started`: the first engine process, if it runs already."""
         self.config = config
         self.host = host or PluginHost.load(disable=config.disable_plugins)
         self.metrics = Metrics()
         self.codec = Codec(None)
         self.info: EngineInfo | None = None  # known once the model is loaded; kept over a restart
-        self._build, self._load_tokenizer = build, tokenizer
+        self._build, self._started = build, started
         self._restart = restart or RestartPolicy()
         self._log_level = log_level
         self._channel: EngineChannel | None = None
@@ -94,14 +97,15 @@ class EngineClient:
         """Start the engine's process and return at once; `wait_ready` tells when it answers."""
         self._loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._exited = asyncio.Event()
-        self._tokenizer_task = asyncio.create_task(self._open_tokenizer())
+        self._tokenizer_task: asyncio.Task[None] | None = None  # from the engine's first word on
         self._spawn()
 
     async def wait_ready(self) -> EngineInfo:
         """Wait for the model. Raises what it or its tokenizer could not be loaded for."""
-        await self._tokenizer_task
         await asyncio.shield(self._loaded)
         assert self.info is not None
+        assert self._tokenizer_task is not None
+        await self._tokenizer_task
         return self.info
 
     async def close(self, grace: float = 0.0) -> None:
@@ -111,9 +115,10 @@ class EngineClient:
         while self._streams and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         self.fail_all(EngineDead(CLOSING))
-        self._tokenizer_task.cancel()
-        with suppress(asyncio.CancelledError, Exception):
-            await self._tokenizer_task
+        if self._tokenizer_task is not None:
+            self._tokenizer_task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await self._tokenizer_task
         if self._channel is not None:
             self._end(self._channel)
             await self._exited.wait()
@@ -145,8 +150,8 @@ class EngineClient:
                 future.set_exception(error)
         self._resets.clear()
 
-    async def _open_tokenizer(self) -> None:
-        found = await asyncio.to_thread(self._load_tokenizer, self.config, self.host)
+    async def _take_tokenizer(self, pickled: bytes | None) -> None:
+        found = await asyncio.to_thread(take_tokenizer, pickled, self.config, self.host)
         self.codec.close()
         self.codec = Codec(found)
 
@@ -159,7 +164,7 @@ class EngineClient:
     @property
     def reason(self) -> str | None:
         """Why no request is taken now; None when ready."""
-        if self._reason is None and not self._tokenizer_task.done():
+        if self._reason is None and (self._tokenizer_task is None or not self._tokenizer_task.done()):
             return LOADING
         return self._reason
 
@@ -252,6 +257,9 @@ class EngineClient:
                 self._streams.pop(reply.request_id).refuse(reply.request_id, reply.error)
         elif isinstance(reply, ResetDone):
             self._on_reset(reply)
+        elif isinstance(reply, Opened):
+            if self._tokenizer_task is None:  # one that is started again has the same
+                self._tokenizer_task = asyncio.create_task(self._take_tokenizer(reply.tokenizer))
         elif isinstance(reply, Ready):
             self._on_ready(reply)
         else:
@@ -307,7 +315,8 @@ class EngineClient:
             return
         self._spawned = time.monotonic()
         self._channel = EngineChannel(self._on_reply, self._on_lost, self._on_exit)
-        self._channel.start(self.config, self.host.resolved, self._build, self._log_level)
+        started, self._started = self._started, None
+        self._channel.open(started or spawn(self.config, self.host.resolved, self._build, self._log_level))
 
     def _on_lost(self, channel: EngineChannel) -> None:
         self._channel = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -13,14 +15,26 @@ from core.contracts import Tokenizer
 from core.errors import InvalidParameter
 from core.plugins import PluginHost
 
+logger = logging.getLogger("core_serve.server")
 T = TypeVar("T")
 REPLACEMENT = "\ufffd"  # what decoding gives for half a character
 
 
-def load_tokenizer(config: EngineConfig, host: PluginHost) -> Tokenizer | None:
-    """Open the model's tokenizer in this process; None with --skip-tokenizer-init."""
-    if config.skip_tokenizer_init:
-        return None
+def take_tokenizer(pickled: bytes | None, config: EngineConfig, host: PluginHost) -> Tokenizer | None:
+    """Return the tokenizer that the engine has opened, or open it anew where it cannot be handed over.
+
+    Opening one imports transformers' config classes, and with them torch; the one that is handed over needs neither.
+    """
+    if pickled is not None:
+        try:
+            found: Tokenizer | None = pickle.loads(pickled)
+            return found
+        except Exception as error:  # noqa: BLE001 - any plugin's object, or a class of the checkpoint's own code
+            logger.debug("The engine's tokenizer cannot be taken: %s: %s", type(error).__name__, error)
+    return _open(config, host)
+
+
+def _open(config: EngineConfig, host: PluginHost) -> Tokenizer:
     from core.demo import demo_model_path
 
     checkpoint = host.open_checkpoint(config.model or demo_model_path(), config)

@@ -44,6 +44,13 @@ Command = Add | Abort | ResetPrefixCache | Shutdown
 
 
 @dataclass(frozen=True)
+class Opened:
+    """The engine has opened the model's tokenizer, before it builds the model."""
+
+    tokenizer: bytes | None  # pickled; None: it cannot be, and the server has to open its own
+
+
+@dataclass(frozen=True)
 class Ready:
     """The model is loaded."""
 
@@ -94,4 +101,4 @@ class Crashed:
     reason: str  # one line; the traceback is in the log
 
 
-Reply = Ready | LoadFailed | Accepted | Refused | Stepped | ResetDone | Crashed
+Reply = Opened | Ready | LoadFailed | Accepted | Refused | Stepped | ResetDone | Crashed

@@ -8,15 +8,17 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from core.config import EngineConfig
-from core.contracts import RequestRecord, StepStats
+from core.contracts import RequestRecord, StepStats, Tokenizer
 from core.engine_info import EngineInfo
 from core.errors import CoreError, RequestError
 from core.outputs import Delta
@@ -28,6 +30,7 @@ from core.server.messages import (
     Command,
     Crashed,
     LoadFailed,
+    Opened,
     Ready,
     Refused,
     Reply,
@@ -58,17 +61,18 @@ class SteppingEngine(Protocol):
     def close(self) -> None: ...
 
 
-BuildEngine = Callable[[EngineConfig, Resolved], SteppingEngine]  # pickled: a function of a module
+HandOver = Callable[[Tokenizer | None], None]  # to be called with the model's tokenizer, once it is open
+BuildEngine = Callable[[EngineConfig, Resolved, HandOver], SteppingEngine]  # pickled: a function of a module
 
 
-def build_in_process(config: EngineConfig, resolved: Resolved) -> SteppingEngine:
+def build_in_process(config: EngineConfig, resolved: Resolved, hand_over: HandOver) -> SteppingEngine:
     """Load plugins and model in this process; the plugins must be those of the server's."""
     from core.engine_build import build_engine
     from core.plugins import PluginHost
 
     host = PluginHost.load(disable=config.disable_plugins)
     host.check_resolved(resolved)
-    return build_engine(config, host)
+    return build_engine(config, host, hand_over)
 
 
 def run_process(
@@ -108,7 +112,7 @@ def _die_with_the_server() -> None:
 def _load(config: EngineConfig, resolved: Resolved, build: BuildEngine, replies: Connection) -> SteppingEngine | None:
     """Build the engine and say so, or say why not and return None."""
     try:
-        engine = build(config, resolved)
+        engine = _built(config, resolved, build, replies)
     except CoreError as error:
         replies.send(LoadFailed(type(error).__name__, str(error)))
         return None
@@ -119,6 +123,29 @@ def _load(config: EngineConfig, resolved: Resolved, build: BuildEngine, replies:
     engine.take_stats()  # the engine keeps them from the first call on
     replies.send(Ready(engine.info))
     return engine
+
+
+def _built(config: EngineConfig, resolved: Resolved, build: BuildEngine, replies: Connection) -> SteppingEngine:
+    """Build the engine; a thread hands its tokenizer over meanwhile: a large vocabulary takes seconds to pickle."""
+    with ThreadPoolExecutor(1) as sender:
+
+        def hand_over(tokenizer: Tokenizer | None) -> None:
+            sender.submit(_send_tokenizer, tokenizer, replies)
+
+        return build(config, resolved, hand_over)
+
+
+def _send_tokenizer(tokenizer: Tokenizer | None, replies: Connection) -> None:
+    replies.send(Opened(pickled(tokenizer)))
+
+
+def pickled(tokenizer: Tokenizer | None) -> bytes | None:
+    """Return a tokenizer as bytes, None if it is of a kind that has none."""
+    try:
+        return pickle.dumps(tokenizer)
+    except Exception as error:  # noqa: BLE001 - any plugin's object: it may fail in any way
+        logger.debug("The tokenizer cannot be handed over: %s: %s", type(error).__name__, error)
+        return None
 
 
 class EngineLoop:

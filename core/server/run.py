@@ -1,4 +1,4 @@
-"""serve(): one server from start to graceful end. HTTP is up at once, with 503, while the engine loads."""
+"""One server from start to graceful end. HTTP is up at once, with 503, while the engine loads."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ import uvicorn
 from core.config import EngineConfig
 from core.contracts import Tokenizer
 from core.engine_info import EngineInfo
-from core.errors import ConfigError, EngineDead
+from core.errors import EngineDead
 from core.plugins import PluginHost
 from core.server.app import create_app
 from core.server.client import CLOSING, EngineClient
 from core.server.options import ServerOptions
-from core.server.process import LOG_FORMAT
+from core.server.spawn import Spawned
+from core.server.start import listen
 
 logger = logging.getLogger("core_serve.server")
 
@@ -31,19 +32,21 @@ MARGIN = 5.0  # seconds after the grace in which answers still get out
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def serve(config: EngineConfig, options: ServerOptions, host: PluginHost | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; return the exit code. Raises CoreError if the model cannot be served."""
-    logging.basicConfig(level=options.log_level.upper(), format=LOG_FORMAT)
-    client = EngineClient(config, host, log_level=options.log_level)
-    return asyncio.run(Service(client, options).run())
+def run_service(
+    config: EngineConfig, options: ServerOptions, host: PluginHost, bound: socket.socket, engine: Spawned
+) -> int:
+    """Serve on a bound socket with an engine whose process runs already; return the exit code."""
+    client = EngineClient(config, host, log_level=options.log_level, started=engine)
+    return asyncio.run(Service(client, options, bound).run())
 
 
 class Service:
     """HTTP and engine together. `stop` once: gracefully; twice: at once."""
 
-    def __init__(self, client: EngineClient, options: ServerOptions) -> None:
+    def __init__(self, client: EngineClient, options: ServerOptions, bound: socket.socket | None = None) -> None:
+        """`bound`: the socket to serve on; without it one is bound. Raises ConfigError if the address is taken."""
         self.client, self.options = client, options
-        self.socket = listen(options.host, options.port)
+        self.socket = bound or listen(options.host, options.port)
         self.address: tuple[str, int] = self.socket.getsockname()[:2]  # the socket itself is closed at the end
         self.http = QuietServer(
             uvicorn.Config(
@@ -127,23 +130,6 @@ class QuietServer(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a bound socket, before anything is loaded. Raises ConfigError if the address cannot be had."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family, kind, proto)
-    except OSError as error:
-        raise ConfigError(f"Cannot listen at {host!r}: {error.strerror}. Choose another --host.") from error
-    try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-    except OSError as error:
-        made.close()
-        message = f"Cannot listen at {host} port {port}: {error.strerror}. Choose another --port or --host."
-        raise ConfigError(message) from error
-    return made
 
 
 QUESTION = "What is the capital of France?"

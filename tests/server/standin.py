@@ -154,11 +154,12 @@ class StandIn:
         self.samples = []
 
 
-def build(config, resolved):
+def build(config, resolved, hand_over):
     if config.extra.get("refuse"):
         raise ConfigError("This model cannot be served.")
     if config.extra.get("die_loading"):
         sys.exit(7)
+    hand_over(None if config.skip_tokenizer_init else ByteTokenizer())
     return StandIn(config)
 
 
@@ -167,7 +168,6 @@ def make_client(restart=None, tokenizer=True, **extra):
         EngineConfig(model="echo", extra=extra, skip_tokenizer_init=not tokenizer),
         PluginHost.load(),
         build=build,
-        tokenizer=lambda config, host: ByteTokenizer() if tokenizer else None,
         restart=restart or RestartPolicy(backoff=0.01),
         log_level="critical",
     )

@@ -15,7 +15,7 @@ import pytest
 
 from core.errors import ConfigError
 from core.server.options import ServerOptions
-from core.server.run import listen
+from core.server.start import listen
 
 SCRIPT = Path(__file__).parent / "standin.py"
 TEXT = "/v1/completions"

@@ -3,11 +3,13 @@
 from importlib.metadata import version
 
 import pytest
+import torch
 
 from core import LLM, SamplingParams
 from core.errors import NoImplementation
 from core.testing import assert_matches_transformers, tiny_checkpoint
-from core_hf_fallback import versions
+from core_hf_fallback import probe, versions
+from core_hf_fallback.build import Loaded
 
 OLDEST = versions.major_minor(version("transformers")) == versions.OLDEST
 TIERS = {
@@ -27,6 +29,12 @@ TIERS = {
 def test_a_model_is_served_by_its_tier_and_answers_like_transformers(model_type):
     served_by = assert_matches_transformers(model_type, "transformers", max_tokens=6)
     assert served_by.split()[0] == f"transformers/{TIERS[model_type]}"  # rows adds how it groups texts
+
+
+def test_a_module_that_mixes_the_texts_of_a_batch_is_run_text_by_text_and_the_reason_says_so(caplog):
+    # transformers' rwkv, in its own generate as well: this test tells when it is mended there
+    assert assert_matches_transformers("rwkv", "transformers", max_tokens=6) == "transformers/cache"
+    assert "texts of one length, without padding, are not kept apart in the module's own batch" in caplog.text
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +98,45 @@ def test_the_cache_tier_says_that_nothing_of_it_can_be_shared(gpt2):
     with open_llm(gpt2, model_impl="transformers/cache") as llm:
         assert not llm.info.prefix_caching
         assert "serves: the only one for --model-impl" in llm.info.explanation
+
+
+# ------------------------------------------------------------------------------------------------ the probe
+
+
+def movement(size):
+    return lambda: size
+
+
+@pytest.mark.parametrize(
+    ("worst", "moved", "allowed"),
+    [
+        (1e-4, 0.0, True),
+        (1e-3, 1e-6, False),  # more than rounding makes of it
+        (1e-3, 1e-4, True),  # the last bit of an embedding already moves logits by a tenth of that
+        (6e-2, 1e-2, False),  # whatever the model does
+        (float("inf"), float("inf"), False),
+    ],
+)
+def test_a_difference_is_allowed_if_rounding_can_make_it(worst, moved, allowed):
+    assert probe.allows(worst, torch.float32, movement(moved)) == allowed
+
+
+def test_rounding_moves_the_paged_tier_as_it_moves_the_plain_module(gpt2, monkeypatch):
+    moved = []
+
+    def ask(worst, dtype, found):
+        moved.append(found())
+        return True
+
+    plain = []
+    make = Loaded.__init__
+
+    def make_and_ask(self, *given):
+        make(self, *given)
+        plain.append(self.movement)
+
+    monkeypatch.setattr(probe, "allows", ask)
+    monkeypatch.setattr(Loaded, "__init__", make_and_ask)
+    with open_llm(gpt2, model_impl="transformers/paged"):
+        assert 0 < plain[0] / 10 < moved[0] < plain[0] * 10
+    assert len(set(moved)) == 1  # it is measured once

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,13 @@ class Loaded:
 
     def _plain_one_by_one(self, ids: Tensor) -> Tensor:
         return torch.cat([self.plain_logits(text[None]) for text in ids])
+
+    @cached_property
+    def movement(self) -> float:
+        """How far the module's own logits move when its embeddings move by a bit, in their spread."""
+        found: list[float] = []
+        ModuleState(self.module).learn(lambda: found.append(self.probe.plain_movement(self.plain_logits)))
+        return found[0]
 
     @property
     def vocab_size(self) -> int:
@@ -172,7 +180,7 @@ def _run(model: CacheModel | RowsModel, vocab_size: int, device: torch.device) -
 
 def _probed_rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refusal:
     """Compare with one cache for each text: first with packed linears, then with plain ones if need be."""
-    device, tolerance = context.device, loaded.probe.tolerance(context.dtype)
+    device = context.device
     stepper = Stepper(loaded.module, max_len)
     with calls_of(loaded.module, nn.Linear) as called:
         wanted = _run(CacheModel(stepper, loaded.vocab_size), loaded.embedding_size, device)
@@ -186,7 +194,10 @@ def _probed_rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model |
         for padding in (True, False) if not loaded.counts_tokens else (False,):
             try:
                 model = RowsModel(stepper, loaded.vocab_size, padding)
-                wrong = rows_difference(_run(model, loaded.embedding_size, device), wanted, tolerance)
+                found = _run(model, loaded.embedding_size, device)
+                wrong = rows_difference(found, wanted, context.dtype, lambda: loaded.movement)
+                if wrong is not None and not padding:
+                    wrong += ": texts of one length, without padding, are not kept apart in the module's own batch"
             except CannotBatch as reason:
                 wrong = str(reason)
             if wrong is None:
