@@ -11,7 +11,7 @@ import torch
 from core.blocks import BlockPool
 from core.choice import Choice, explain_text
 from core.config import EngineConfig
-from core.contracts import AttentionBackend, Checkpoint, Model, QuantMethod, Refusal
+from core.contracts import AttentionBackend, Checkpoint, Model, QuantMethod, Refusal, Tokenizer
 from core.engine import Engine
 from core.engine_info import EngineInfo
 from core.errors import ConfigError, CoreError
@@ -32,18 +32,12 @@ def build_engine(config: EngineConfig, host: PluginHost | None = None) -> Engine
     """Build an engine. Raises CoreError where the model cannot be served as asked."""
     host = host or PluginHost.load(disable=config.disable_plugins)
     plan = make_plan(config, host)
+    # Before the weights: making the tokenizer of a large vocabulary takes 200 MB for a moment.
+    tokenizer = None if config.skip_tokenizer_init else host.tokenizer(plan.checkpoint.spec, config)
     model, attempts = build_model(plan.models.eligible, plan.checkpoint, plan.context)
+    plan.context.shared.clear()  # what the next bids would have gone on with
     give_back()
-    return _assemble(
-        config,
-        host,
-        plan.checkpoint,
-        model,
-        plan.context,
-        plan.attention.winner.bid.name,
-        explain_text(plan.models),
-        attempts,
-    )
+    return _assemble(config, host, plan, tokenizer, model, attempts)
 
 
 @dataclass(frozen=True)
@@ -127,14 +121,12 @@ def choose_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtyp
 def _assemble(
     config: EngineConfig,
     host: PluginHost,
-    checkpoint: Checkpoint,
+    plan: BuildPlan,
+    tokenizer: Tokenizer | None,
     model: Model,
-    context: BuildContext,
-    attention_name: str,
-    explanation: str,
     attempts: Sequence[BuildAttempt],
 ) -> Engine:
-    spec = checkpoint.spec
+    spec, context, attention_name = plan.checkpoint.spec, plan.context, plan.attention.winner.bid.name
     max_model_len = choose_model_len(config, spec)
     specs = list(model.kv_specs())
     chunked = model.features.chunked_prefill
@@ -159,7 +151,6 @@ def _assemble(
         prefix_caching=prefix_caching,
         restart_after=model.features.restart_after,
     )
-    tokenizer = None if config.skip_tokenizer_init else host.tokenizer(spec, config)
     eos = sorted({*spec.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())})
     info = EngineInfo(
         model_name=config.served_model_name or spec.name,
@@ -176,7 +167,7 @@ def _assemble(
         quantization=context.quant_method.name if context.quant_method else None,
         plugins=host.resolved,
         attempts=tuple((attempt.name, attempt.refusal) for attempt in attempts),
-        explanation=explanation,
+        explanation=explain_text(plan.models),
     )
     logger.info(
         "model: %s · attention: %s · quantizer: %s · kernels: %s · %s on %s · %d blocks of %d tokens",

@@ -62,7 +62,8 @@ class Probe:
         with torch.inference_mode(), nudged(embedding):
             *plain_logits, moved = plain(torch.cat([drawn, drawn[moving : moving + 1]])).float()
         ids = {name: drawn[row, :count].tolist() for row, (name, count) in enumerate(LENGTHS.items())}
-        wanted = {name: plain_logits[row][:count] for row, (name, count) in enumerate(LENGTHS.items())}
+        # Copies: of a large vocabulary the whole batch is 40 MB.
+        wanted = {name: plain_logits[row][:count].clone() for row, (name, count) in enumerate(LENGTHS.items())}
         return cls(ids, wanted, _distance(moved, plain_logits[moving]))
 
     def tolerance(self, dtype: torch.dtype) -> float:
@@ -197,4 +198,4 @@ def nudged(embedding: nn.Module | None) -> Iterator[None]:
 def _distance(found: Tensor, wanted: Tensor) -> float:
     """The largest difference, in standard deviations of the wanted logits; NaN counts as infinitely far."""
     spread = wanted.std().clamp(min=1e-6)
-    return float(torch.nan_to_num((found - wanted).abs() / spread, nan=torch.inf).max())
+    return float((found - wanted).abs_().div_(spread).nan_to_num_(nan=torch.inf).max())
