@@ -123,6 +123,7 @@ def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
         if patcher is not None:
             patcher.undo()  # the next tier checks for itself what packing changes
         return Refusal(wrong or "nothing was probed")
+    model.forget_recording()
     model.features = replace(model.features, patches=tuple(patcher.counts))
     seconds = time.monotonic() - start
     logger.info("probed transformers/paged in %.2f s: right; patches: %s", seconds, patcher.summary)
