@@ -36,6 +36,9 @@ def build_engine(config: EngineConfig, host: PluginHost | None = None) -> Engine
     tokenizer = None if config.skip_tokenizer_init else host.tokenizer(plan.checkpoint.spec, config)
     model, attempts = build_model(plan.models.eligible, plan.checkpoint, plan.context)
     plan.context.shared.clear()  # what the next bids would have gone on with
+    forget_pages = getattr(plan.checkpoint, "forget_pages", None)  # of files that are mapped
+    if forget_pages is not None:
+        forget_pages()
     give_back()
     return _assemble(config, host, plan, tokenizer, model, attempts)
 

@@ -1,4 +1,4 @@
-"""A quantized model takes the memory of its file: what a fresh process holds after loading, and at most meanwhile."""
+"""A quantized model takes the memory of its file: what a fresh process holds after an answer, and at most before."""
 
 import json
 import subprocess
@@ -15,8 +15,10 @@ MEASURE = """
 import json, sys
 sys.modules["triton"] = None
 from core.llm import LLM
+from core.sampling_params import SamplingParams
 from core.verify_layers import decoder_layers, modules_of
 llm = LLM(model=sys.argv[1], model_impl=sys.argv[2], max_model_len=512, block_size=16, num_blocks=64)
+llm.generate([list(range(3, 24))], SamplingParams(temperature=0, max_tokens=8))
 stated = dict(line.split(":", 1) for line in open("/proc/self/status"))
 model = llm._engine.model
 cache = sum(64 * 16 * spec.num_kv_heads * (spec.k_dim + spec.v_dim) * spec.dtype.itemsize for spec in model.kv_specs())
