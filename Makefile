@@ -19,17 +19,21 @@ SURVEY := core-serve supported-models --jobs $(JOBS)
 EDITABLE := $(foreach project,$(PROJECTS),-e '$(patsubst %/pyproject.toml,%,$(project))[dev]')
 SOURCES := core tests plugins
 
-.PHONY: serve test test-grid test-oldest conformance supported-models check fix docs bench
+.PHONY: serve test test-grid test-real test-oldest conformance supported-models check fix docs bench
 
 serve: $(READY)
 	$(BIN)/core-serve $(ARGS)
 
 test: $(READY)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-1000} $(BIN)/python -m pytest -q -m "not grid" $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-1000} $(BIN)/python -m pytest -q -m "not grid and not real" $(ARGS)
 
 # Every case of the GPU kernels, on the CPU.
 test-grid: $(READY)
 	$(BIN)/python -m pytest -q -m grid tests/kernels $(ARGS)
+
+# A real model, quantized by every method, against its own dequantized weights: a quarter of an hour.
+test-real: $(READY)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest -q -m real tests/real $(ARGS)
 
 # The fallback beside the oldest transformers of its range: its tests, then model types of every tier against the page.
 test-oldest: $(OLDEST)/.ready

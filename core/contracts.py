@@ -224,6 +224,9 @@ class Quantizer(Protocol):
 
     name: str  # what --method calls it
     calibrates: bool  # True: it needs to see what the layers see when a text runs through them
+    # Where it calibrates. True: layers see what the float model's layers put out, as a method needs that weighs inputs
+    # by their size; False: what the quantized layers put out, as a method needs that makes errors good.
+    sees_floats: bool
     group_sizes: tuple[int, ...]  # that it knows, the usual ones; one that divides all widths is chosen. (): no groups
 
     def quantize_layer(self, layer: DecoderLayer) -> Mapping[str, Mapping[str, Tensor]]:

@@ -37,22 +37,17 @@ def build_engine(
     """
     host = host or PluginHost.load(disable=config.disable_plugins)
     plan = make_plan(config, host)
+    # Before the weights: making the tokenizer of a large vocabulary takes 200 MB for a moment.
     tokenizer = None if config.skip_tokenizer_init else host.tokenizer(plan.checkpoint.spec, config)
     if hand_over is not None:
         hand_over(tokenizer)
     model, attempts = build_model(plan.models.eligible, plan.checkpoint, plan.context)
+    plan.context.shared.clear()  # what the next bids would have gone on with
+    forget_pages = getattr(plan.checkpoint, "forget_pages", None)  # of files that are mapped
+    if forget_pages is not None:
+        forget_pages()
     give_back()
-    return _assemble(
-        config,
-        host,
-        plan.checkpoint,
-        model,
-        plan.context,
-        tokenizer,
-        plan.attention.winner.bid.name,
-        explain_text(plan.models),
-        attempts,
-    )
+    return _assemble(config, host, plan, tokenizer, model, attempts)
 
 
 @dataclass(frozen=True)
@@ -136,15 +131,12 @@ def choose_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtyp
 def _assemble(
     config: EngineConfig,
     host: PluginHost,
-    checkpoint: Checkpoint,
-    model: Model,
-    context: BuildContext,
+    plan: BuildPlan,
     tokenizer: Tokenizer | None,
-    attention_name: str,
-    explanation: str,
+    model: Model,
     attempts: Sequence[BuildAttempt],
 ) -> Engine:
-    spec = checkpoint.spec
+    spec, context, attention_name = plan.checkpoint.spec, plan.context, plan.attention.winner.bid.name
     max_model_len = choose_model_len(config, spec)
     specs = cache_specs(model, config.kv_cache_dtype)
     chunked = model.features.chunked_prefill
@@ -185,7 +177,7 @@ def _assemble(
         quantization=context.quant_method.name if context.quant_method else None,
         plugins=host.resolved,
         attempts=tuple((attempt.name, attempt.refusal) for attempt in attempts),
-        explanation=explanation,
+        explanation=explain_text(plan.models),
     )
     logger.info(
         "model: %s · attention: %s · quantizer: %s · kernels: %s · %s on %s · %d blocks of %d tokens%s",

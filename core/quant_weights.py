@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from core.contracts import Checkpoint, QuantMethod
 from core.errors import CheckpointError
-from core.layers import HalfTensor, QuantizedTensor
+from core.layers import HalfTensor, QuantizedTensor, TransposedTensor
 
 if TYPE_CHECKING:
     from core.model_loader import BuildContext
@@ -86,11 +86,15 @@ def located(checkpoint: Checkpoint, name: str) -> str:
 # ------------------------------------------------------------------------------------------------ on the fly
 
 
-def linear_weights(model: nn.Module) -> set[str]:
-    """Return the names of a module tree's weights [..., out, in] that its linears, or its stacks of experts, multiply.
+# Classes that keep weights input first, beside the stacks of experts that say so themselves.
+TRANSPOSED = {"transformers.pytorch_utils.Conv1D", "transformers.models.llama4.modeling_llama4.Llama4TextExperts"}
 
-    The head is left out, as most sensitive of all and often one with the embedding; so is whatever computes something
-    of its own with a weight.
+
+def linear_weights(model: nn.Module) -> set[str]:
+    """Return the names of a module tree's weights that its linears, or its stacks of experts, multiply.
+
+    They are [..., out, in], but for those that `transposed_weights` names. The head is left out, as most sensitive of
+    all and often one with the embedding; so is whatever computes something of its own with a weight.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     tied = getattr(model, "all_tied_weights_keys", None) or {}
@@ -99,7 +103,29 @@ def linear_weights(model: nn.Module) -> set[str]:
     found = {f"{path}.weight" for path, part in linears}
     for path, part in model.named_modules():
         found |= {f"{path}.{name}" for name in _stacks_of_experts(part)}
-    return found - skip
+    return (found | transposed_weights(model)) - skip
+
+
+def transposed_weights(model: nn.Module) -> set[str]:
+    """Return the names of a module tree's weights [..., in, out] that it multiplies with."""
+    parts = [(path, part) for path, part in model.named_modules() if _is_transposed(part)]
+    weights = [
+        (f"{path}.{name}", weight) for path, part in parts for name, weight in part.named_parameters(recurse=False)
+    ]
+    return {name for name, weight in weights if weight.dim() == 3 or name.endswith(".weight")}
+
+
+def _is_transposed(part: nn.Module) -> bool:
+    kind = type(part)
+    marked = getattr(part, "is_transposed", None) is True and hasattr(part, "has_gate")
+    return marked or f"{kind.__module__}.{kind.__qualname__}" in TRANSPOSED
+
+
+def quantize_transposed(quantize: Callable[[str, Tensor], Tensor], name: str, weight: Tensor) -> Tensor:
+    """Quantize a weight [..., in, out], one expert at a time; one that `quantize` leaves as it is stays so."""
+    experts = [quantize(name, one.T.contiguous()) for one in (weight if weight.dim() == 3 else weight[None])]
+    upright = torch.stack(experts) if weight.dim() == 3 else experts[0]
+    return TransposedTensor.of(upright) if isinstance(upright, QuantizedTensor) else weight
 
 
 def _is_plain_linear(part: nn.Module) -> bool:
@@ -117,6 +143,8 @@ def _stacks_of_experts(part: nn.Module) -> list[str]:
 def round_weights(model: nn.Module, quantize: object) -> None:
     """Put each linear's weight at the place where quantizing it on the fly would, as floats."""
     assert callable(quantize)
+    transposed = transposed_weights(model)
     for name in sorted(linear_weights(model)):
         weight = model.get_parameter(name)
-        weight.copy_(quantize(name, weight.detach()))
+        found = weight.detach()
+        weight.copy_(quantize_transposed(quantize, name, found) if name in transposed else quantize(name, found))

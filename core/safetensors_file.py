@@ -57,6 +57,19 @@ class SafetensorsFile:
         return found
 
 
+def first_cut_tensor(path: Path) -> str | None:
+    """Return the tensor that a file ends in, None if the header itself is damaged or all tensors are whole."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(min(size, path.stat().st_size)))
+            held = path.stat().st_size - 8 - size
+            ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+            return min((name for name, end in ends.items() if end > held), key=lambda name: ends[name], default=None)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            return None
+
+
 def _filled(file: FileIO, memory: memoryview) -> bool:
     """Read until the memory is full; one call gives 2 GB at most."""
     while len(memory):

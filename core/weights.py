@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from core.errors import CheckpointError
 from core.json_files import read_json
-from core.safetensors_file import SafetensorsFile
+from core.safetensors_file import SafetensorsFile, first_cut_tensor
 from core.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -134,8 +134,15 @@ def _names_in(file: Path) -> list[str]:
             return list(opened.offset_keys())
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file} is cut short or damaged: {error}. Its size is {file.stat().st_size:,} bytes. Download it again."
+            f"{file} is cut short or damaged: {error}. Its size is {file.stat().st_size:,} bytes{_cut_at(file)}. "
+            "Download it again."
         ) from error
+
+
+def _cut_at(file: Path) -> str:
+    """Return which tensor a file ends in, as a part of a sentence; nothing where its header does not say."""
+    name = first_cut_tensor(file)
+    return "" if name is None else f", and it ends before tensor {name!r} does"
 
 
 def _check_doubles(files: Iterable[TensorFile]) -> None:

@@ -8,8 +8,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from core.errors import CheckpointError
-from core.layers import HalfTensor
-from core.quant_weights import by_module, kept_small, linear_weights, read_part, says_nothing
+from core.layers import HalfTensor, TransposedTensor
+from core.quant_weights import (
+    by_module,
+    kept_small,
+    linear_weights,
+    quantize_transposed,
+    read_part,
+    says_nothing,
+    transposed_weights,
+)
 from core.weights import HFCheckpoint
 
 
@@ -81,6 +89,42 @@ class Tree(nn.Module):
 
     def get_output_embeddings(self):
         return self.head
+
+
+class Conv1D(nn.Module):
+    """Stands where transformers' own does: its weight is [in, out]."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(32, 16)), nn.Parameter(torch.zeros(16))
+
+    __module__ = "transformers.pytorch_utils"
+
+
+class Experts(nn.Module):
+    is_transposed, has_gate = True, True
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.up_bias = nn.Parameter(torch.randn(3, 32, 16)), nn.Parameter(torch.zeros(3, 16))
+
+
+def test_weights_that_are_kept_input_first_count_too_and_are_named():
+    model = nn.ModuleDict({"conv": Conv1D(), "experts": Experts(), "plain": nn.Linear(8, 8)})
+    assert transposed_weights(model) == {"conv.weight", "experts.up"}
+    assert linear_weights(model) == {"conv.weight", "experts.up", "plain.weight"}
+
+
+def test_a_transposed_weight_is_quantized_along_its_inputs():
+    def halved(name, weight):
+        return HalfTensor({"values": weight.half()}, weight.shape[-1], weight.dtype)
+
+    stack = torch.randn(3, 32, 16)
+    found = quantize_transposed(halved, "experts.up", stack)
+    assert isinstance(found, TransposedTensor)
+    assert found.upright.parts["values"].shape == (3, 16, 32)
+    assert torch.equal(found.dequantize(), stack.half().float())
+    assert quantize_transposed(lambda name, weight: weight, "experts.up", stack) is stack
 
 
 def test_linears_count_but_not_the_head_nor_what_computes_something_of_its_own():

@@ -86,6 +86,17 @@ def test_a_shard_that_is_cut_short_is_named(sharded, length):
         next(HFCheckpoint(sharded).tensors())
 
 
+def test_the_tensor_that_a_cut_file_ends_in_is_named(tmp_path):
+    tensors = {"first": torch.ones(4), "second": torch.ones(64), "third": torch.ones(64)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    (tmp_path / "model.safetensors").write_bytes(whole[: start + 20])
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"model.* is cut short .* before tensor '(second|third)' does"):
+        next(HFCheckpoint(tmp_path).tensors())
+
+
 def test_an_index_that_names_a_tensor_that_is_not_there_is_an_error(sharded):
     write_index(sharded, a="one.safetensors", missing="two.safetensors")
     with pytest.raises(CheckpointError, match=r"'missing' is in .*two\.safetensors"):

@@ -16,6 +16,7 @@ from core.layers.quant_formats import (
 )
 from core.layers.quantized import QuantizedLinear, QuantizedTensor, give_kernels
 from core.layers.rotary import Rotary, RotaryError, apply_rotary
+from core.layers.transposed import TransposedTensor
 
 __all__ = [
     "AffineTensor",
@@ -33,6 +34,7 @@ __all__ = [
     "Rotary",
     "RotaryError",
     "TableTensor",
+    "TransposedTensor",
     "apply_rotary",
     "float8_tensor",
     "give_kernels",

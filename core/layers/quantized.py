@@ -67,6 +67,11 @@ class QuantizedTensor(Tensor):
         return self.shape[-2]
 
     @property
+    def upright(self) -> QuantizedTensor:
+        """This weight as [..., out, in]: itself, but for one that modules see transposed."""
+        return self
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of memory that the parts take."""
         return sum(part.numel() * part.element_size() for part in self.parts.values())
@@ -96,9 +101,11 @@ class QuantizedTensor(Tensor):
 
         The reference that kernels are compared with.
         """
-        rows = range(0, self.shape[0], ROWS_AT_ONCE)
-        pieces = [F.linear(x, self[start : start + ROWS_AT_ONCE].dequantize().to(x.dtype)) for start in rows]
-        out = torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0]
+        # Into one piece of memory: small pieces kept between large ones that come and go leave holes of hundreds of MB.
+        out = x.new_empty(*x.shape[:-1], self.shape[0])
+        for start in range(0, self.shape[0], ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            out[..., rows] = F.linear(x, self[rows].dequantize().to(x.dtype))
         return out if bias is None else out + bias
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -190,12 +197,13 @@ def _pick(weight: Tensor, index: Any) -> Any:
     """Rows and experts are picked part by part; an index that reaches the last dimension is left to the floats."""
     if not isinstance(weight, QuantizedTensor) or not _keeps_rows_whole(index, weight.dim() - 1):
         return NotImplemented
-    if weight._experts is not None and _is_one(index):
+    if weight._experts is not None and is_one(index):
         return weight._experts(int(index) % weight.shape[0])
     return weight.remake(lambda part: part[index])
 
 
-def _is_one(index: Any) -> bool:
+def is_one(index: Any) -> bool:
+    """True for an index that picks one of the first dimension: an int, or a tensor of one."""
     return isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0 and not index.is_floating_point())
 
 
@@ -242,10 +250,15 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 
 
 def give_kernels(model: nn.Module, kernels: Kernels | None) -> None:
-    """Let the experts of every quantized stack [experts, out, in] multiply with kernels; None takes them away."""
+    """Let the experts of every quantized stack, and transposed weights, multiply with kernels; None takes them away."""
     for weight in model.parameters():
-        if isinstance(weight, QuantizedTensor) and weight.dim() == 3:
-            weight._experts = None if kernels is None else _experts_of(weight, kernels)
+        if not isinstance(weight, QuantizedTensor):
+            continue
+        upright = weight.upright
+        if weight.dim() == 3:
+            upright._experts = None if kernels is None else _experts_of(upright, kernels)
+        elif upright is not weight:  # other matrices are those of linears, which ask for a kernel themselves
+            upright.kernel = None if kernels is None else kernels.linear(upright, None)
 
 
 def _experts_of(stack: QuantizedTensor, kernels: Kernels) -> Callable[[int], QuantizedTensor]:

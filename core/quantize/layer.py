@@ -107,6 +107,17 @@ class DecoderLayer:
                 hook.remove()
 
 
+@contextmanager
+def unharmed(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put the modules' own parameters back afterwards, bit for bit."""
+    kept = [(parameter, parameter.detach().clone()) for module in modules for parameter in module.parameters(False)]
+    try:
+        yield
+    finally:
+        for parameter, value in kept:
+            parameter.data.copy_(value)
+
+
 def _adder(group: InputGroup) -> Any:
     def add(module: nn.Module, args: Any) -> None:
         rows = args[0].reshape(-1, args[0].shape[-1]).float()

@@ -1,13 +1,15 @@
 """Makes a quantized checkpoint out of a float one: a decoder layer at a time, each saved before the next is looked at.
 
 Layers see the inputs that the quantized layers before them give: exactly the tensors that were written, read back by
-the quantizer. So a run that was cut off goes on as if it had not been.
+the quantizer. Of a quantizer that `sees_floats` they see the float layers' instead: every layer is put back after it is
+written. Either way a run that was cut off goes on as if it had not been.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from core.engine_build import choose_device
 from core.errors import ConfigError
 from core.plugins import PluginHost
 from core.quantize.calibration import calibration_text, cut_samples
-from core.quantize.layer import DecoderLayer
+from core.quantize.layer import DecoderLayer, unharmed
 from core.quantize.march import Call, March
 from core.quantize.shards import Shards
 from core.verify_layers import decoder_layers
@@ -129,8 +131,9 @@ class _Work:
         self._restore(shards, done)
         progress(len(done), len(self.layers))
         for index, calls in self._march(samples, done):
-            tensors = self._quantize(index, calls)
-            shards.save(index, *_as_stored(self.model, tensors))
+            with self._put_back(index):
+                tensors = self._quantize(index, calls)
+                shards.save(index, *_as_stored(self.model, tensors))
             done.add(index)
             progress(len(done), len(self.layers))
         rest = len(self.layers)
@@ -139,6 +142,10 @@ class _Work:
             left = {name: value for name, value in self._state().items() if not name.startswith(prefixes)}
             shards.save(rest, *_as_stored(self.model, left))
         return self._finish(shards, checkpoint)
+
+    def _put_back(self, index: int) -> AbstractContextManager[None]:
+        """Leave the layer in floats where later layers are to see what floats put out."""
+        return unharmed(list(self.layers[index].modules())) if self.quantizer.sees_floats else nullcontext()
 
     def _march(self, samples: Sequence[Sequence[int]], done: set[int]) -> Iterator[tuple[int, list[Call]]]:
         """Layers in the order in which the model runs them; those that it does not run at the end."""
@@ -189,6 +196,8 @@ class _Work:
     @torch.no_grad()
     def _restore(self, shards: Shards, done: set[int]) -> None:
         """Bring the module to where the finished shards left it."""
+        if self.quantizer.sees_floats:
+            return
         for index in sorted(done - {len(self.layers)}):
             state, stored = self.model.state_dict(), shards.load(index)
             for name in stored.keys() & state.keys():

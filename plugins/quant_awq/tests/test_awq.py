@@ -227,7 +227,7 @@ def test_a_truncated_file_is_an_error_that_names_it(tmp_path, awq_llama):
     data = (awq_llama / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
     (tmp_path / "config.json").write_text((awq_llama / "config.json").read_text())
-    with pytest.raises(CheckpointError, match="is cut short"):
+    with pytest.raises(CheckpointError, match=r"is cut short .* ends before tensor"):
         list(AwqMethod(AwqSettings("gemm", 32, True)).tensors(HFCheckpoint(tmp_path), torch.float32))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers.integrations.bitsandbytes as integration
 
-from core.layers import QuantizedTensor
+from core.layers import QuantizedTensor, TransposedTensor
 from core.testing import assert_matches_dequantized
 from core.weights import HFCheckpoint
 from core_quant_bnb.read import read_tensors
@@ -59,6 +59,7 @@ def test_conv1d_weights_lie_as_in_a_float_checkpoint(bnb_gpt2, kind):
     folder, module = bnb_gpt2(kind)
     read, decoded = dict(read_tensors(HFCheckpoint(folder), torch.float32)), _bnb_floats(module)
     name = "transformer.h.0.attn.c_proj.weight"  # square, so that no shape would give a mistake away
+    assert isinstance(read[name], TransposedTensor)
     assert torch.equal(read[name], decoded[name].T)
     assert_matches_dequantized(folder, "transformers")
 

@@ -68,7 +68,7 @@ def test_a_file_that_is_cut_short_is_named(damaged):
     folder = damaged("nf4")
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-500])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is cut short"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is cut short .* ends before tensor"):
         _read(folder)
 
 

@@ -173,6 +173,15 @@ def test_what_does_not_fit_is_an_error_that_names_file_and_tensor(spoil, error, 
         read(written(tmp_path / "m", under("a", parts), "pack-quantized", {"g": group(int_args(4))}))
 
 
+def test_a_truncated_file_is_an_error_that_names_it_and_the_tensor(tmp_path):
+    parts, _ = compressed(int_args(4), "pack-quantized", torch.float32)
+    folder = written(tmp_path / "m", under("a", parts), "pack-quantized", {"g": group(int_args(4))})
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-1])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is cut short .* before tensor 'a\.\w+' does"):
+        read(folder)
+
+
 def test_a_quantized_weight_without_a_scale_is_an_error(tmp_path):
     tensors = {"a.weight": torch.zeros(4, 4, dtype=torch.int8)}
     with pytest.raises(CheckpointError, match=r"'a\.weight' of .* is torch.int8 and has no weight_scale"):

@@ -98,6 +98,15 @@ def test_what_does_not_fit_is_an_error_that_names_file_and_tensor(tensors, error
         read(written(tmp_path / "m", tensors, quant_method="fp8", weight_block_size=[128, 128]))
 
 
+def test_a_truncated_file_is_an_error_that_names_it_and_the_tensor(tmp_path):
+    tensors = {"a.weight": torch.zeros(4, 4).to(E4M3), "a.weight_scale_inv": torch.ones(1, 1)}
+    folder = written(tmp_path / "m", tensors, quant_method="fp8", weight_block_size=[128, 128])
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-1])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is cut short .* before tensor 'a\.\w+' does"):
+        read(folder)
+
+
 def test_experts_in_four_bits_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="experts in 'fp4'"):
         read(written(tmp_path / "m", {"a": torch.zeros(1)}, quant_method="fp8", expert_dtype="fp4"))

@@ -147,6 +147,14 @@ def test_a_corrupt_checkpoint_is_an_error_that_names_file_and_tensor(tmp_path, g
         list(GptqMethod(GptqSettings(4, 1)).tensors(HFCheckpoint(tmp_path), torch.float32))
 
 
+def test_a_truncated_file_is_an_error_that_names_it_and_the_tensor(tmp_path, gptq_llama):
+    data = (gptq_llama / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[:-40])
+    (tmp_path / "config.json").write_text((gptq_llama / "config.json").read_text())
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is cut short .* before tensor '[\w.]+' does"):
+        list(GptqMethod(GptqSettings(4, 1)).tensors(HFCheckpoint(tmp_path), torch.float32))
+
+
 @pytest.mark.parametrize(
     ("stated", "message"), [({"bits": 3}, "with 3 bits"), ({"bits": 4, "format": "marlin"}, "of format 'marlin'")]
 )

@@ -47,6 +47,9 @@ def test_experts_are_rounded_as_a_stack():
         ("int8", "llama", "transformers", "transformers/paged"),
         ("int4", "qwen3_moe", "transformers", "transformers/paged"),
         ("int8", "mamba", "transformers", "transformers/rows"),
+        ("int4", "gpt2", "transformers", "transformers/paged"),
+        ("int8", "gpt_oss", "transformers", "transformers/paged"),
+        ("int4", "llama4_text", "transformers", "transformers/rows (texts of one length together)"),
     ],
 )
 def test_a_model_answers_as_its_rounded_weights_do(tmp_path, quantization, model_type, model_impl, served_by):

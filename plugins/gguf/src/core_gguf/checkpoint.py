@@ -73,6 +73,10 @@ class GGUFCheckpoint:
             self.file.forget(source.info)  # so that what was copied does not count twice
         self.file.forget()
 
+    def forget_pages(self) -> None:
+        """Let go of the mapped file's pages: those of weights that were copied (merged ones) are not read again."""
+        self.file.forget()
+
     def tensor(self, name: str) -> Tensor:
         """Return one tensor, dequantized to new float32 memory."""
         from core_gguf.dequant import dequantize

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.chat_template import ChatTemplate
 from core.errors import CheckpointError, ConfigError, InvalidParameter
+from core.memory import give_back
 from core_gguf.reader import GGUFFile
 from core_gguf.stop_tokens import eos_token_ids
 from core_gguf.vocabulary import Vocabulary, read_vocabulary
@@ -23,6 +22,12 @@ _TEMPLATE = "tokenizer.chat_template"
 
 def open_tokenizer(spec: ModelSpec, options: EngineConfig) -> GGUFTokenizer:
     """Read the tokenizer of `spec`'s file; the chat template is options.chat_template, if given."""
+    made = _read_tokenizer(spec, options)
+    give_back()  # the words of a large vocabulary, read and made into merges, take 190 MB for a moment
+    return made
+
+
+def _read_tokenizer(spec: ModelSpec, options: EngineConfig) -> GGUFTokenizer:
     file = GGUFFile.open(spec.path)
     vocabulary = read_vocabulary(file)
     rows = spec.config["vocab_size"]
@@ -30,17 +35,7 @@ def open_tokenizer(spec: ModelSpec, options: EngineConfig) -> GGUFTokenizer:
         raise CheckpointError(f"{file.path} has {vocabulary.size} tokens, but embeddings for {rows} only.")
     named = {"default": _read_template(options.chat_template)} if options.chat_template else _templates(file)
     templates = {name: ChatTemplate(text, vocabulary.special_tokens) for name, text in named.items()}
-    made = GGUFTokenizer(vocabulary, eos_token_ids(file), templates)
-    _return_freed_memory()
-    return made
-
-
-def _return_freed_memory() -> None:
-    """Building a large vocabulary leaves some 40 MB that glibc would keep for later; give it back to the system."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-        if trim is not None:
-            trim(0)
+    return GGUFTokenizer(vocabulary, eos_token_ids(file), templates)
 
 
 def _read_template(path: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -101,7 +101,7 @@ def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Mode
     if tier != "cache" and loaded.ropes.forgets_after is not None:
         return Refusal(f"its generate forgets a text that grows past {loaded.ropes.forgets_after} tokens")
     if tier == "paged":
-        return _paged(loaded, context)
+        return _paged(loaded, context, getattr(checkpoint, "forget_pages", None))
     loaded.restore_attention()
     if tier == "rows" and loaded.ropes.restart_after is not None:
         return Refusal(f"it computes a text anew when it grows past {loaded.ropes.restart_after} tokens")
@@ -110,7 +110,8 @@ def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Mode
     return CacheModel(Stepper(loaded.module, max_len), loaded.vocab_size)
 
 
-def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
+def _paged(loaded: Loaded, context: BuildContext, forget_pages: Callable[[], None] | None) -> Model | Refusal:
+    """`forget_pages` lets go of a mapped file's, where weights were copied to merge them."""
     start = time.monotonic()
     binding = bind(loaded.module)
     patcher: Patcher | None = None
@@ -118,7 +119,13 @@ def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
         with linear_calls(loaded.module) as calls:
             model = PagedModel(loaded.module, binding, loaded.ropes, *loaded.probe.beginning(context.device))
         patcher = Patcher(loaded.module, calls, context.kernels, context.options.disable_patches)
-        wrong = patcher.settle(lambda: loaded.probe.difference(model, context.make_attention(), context.device))
+
+        def check() -> str | None:
+            if forget_pages is not None:
+                forget_pages()
+            return loaded.probe.difference(model, context.make_attention(), context.device)
+
+        wrong = patcher.settle(check)
     except (NotPaged, CoreError) as reason:
         wrong = str(reason)
     except Exception as error:  # the model's code: whatever it raises on a flat batch declines this tier
@@ -131,6 +138,7 @@ def _paged(loaded: Loaded, context: BuildContext) -> Model | Refusal:
         if patcher is not None:
             patcher.undo()  # the next tier checks for itself what packing changes
         return Refusal(wrong or "nothing was probed")
+    model.forget_recording()
     model.features = replace(model.features, patches=tuple(patcher.counts))
     seconds = time.monotonic() - start
     logger.info("probed transformers/paged in %.2f s: right; patches: %s", seconds, patcher.summary)

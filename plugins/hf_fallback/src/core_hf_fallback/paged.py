@@ -45,6 +45,11 @@ class PagedModel:
         if not self.binding.specs:
             raise NotPaged("no layer calls transformers' attention interface")
 
+    def forget_recording(self) -> None:
+        """Free what the recording forward gave: the logits of a large vocabulary are a megabyte a token."""
+        del self.recorded
+        self.binding.recorded.clear()
+
     def kv_specs(self) -> Sequence[KVSpec]:
         return self.binding.specs
 

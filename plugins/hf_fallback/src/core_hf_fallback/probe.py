@@ -73,7 +73,8 @@ class Probe:
         with torch.inference_mode():
             logits = plain(drawn).float()
         ids = {name: drawn[row, :count].tolist() for row, (name, count) in enumerate(LENGTHS.items())}
-        wanted = {name: logits[row][:count] for row, (name, count) in enumerate(LENGTHS.items())}
+        # Copies: of a large vocabulary the whole batch is 40 MB.
+        wanted = {name: logits[row][:count].clone() for row, (name, count) in enumerate(LENGTHS.items())}
         return cls(ids, wanted, embedding)
 
     def plain_movement(self, plain: Forward) -> float:
@@ -221,4 +222,4 @@ def nudged(embedding: nn.Module | None) -> Iterator[None]:
 def _distance(found: Tensor, wanted: Tensor) -> float:
     """The largest difference, in standard deviations of the wanted logits; NaN counts as infinitely far."""
     spread = wanted.std().clamp(min=1e-6)
-    return float(torch.nan_to_num((found - wanted).abs() / spread, nan=torch.inf).max())
+    return float((found - wanted).abs_().div_(spread).nan_to_num_(nan=torch.inf).max())

@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from core.contracts import Checkpoint, QuantMethod
 from core.layers import HalfTensor, QuantizedTensor
-from core.quant_weights import kept_small, linear_weights
+from core.quant_weights import kept_small, linear_weights, quantize_transposed, transposed_weights
 
 EXPERT = re.compile(r"\.experts\.\d+\.")
 NAME = "core_serve"  # of our quantizer among transformers'
@@ -115,12 +115,18 @@ class OnTheFlyQuantizer(HfQuantizer):
         self.method = quantization_config.method
         self.done: set[str] = set()
         self._linears: set[str] = set()
+        self._transposed: set[str] = set()
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        self._linears = linear_weights(model)
-        stacks = [name for name in self._linears if model.get_parameter(name).dim() == 3]
+        self._linears, self._transposed = linear_weights(model), transposed_weights(model)
+        stacks = [name for name in self._linears - self._transposed if model.get_parameter(name).dim() == 3]
         self.quantization_config.stacks_experts = bool(stacks)
         return model
+
+    def quantize(self, name: str, weight: Tensor) -> Tensor:
+        if name in self._transposed:
+            return quantize_transposed(self.method.quantize, name, weight)
+        return self.method.quantize(name, weight)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """False once it is done: transformers compares shapes only of what needs no quantization."""
@@ -153,7 +159,7 @@ class _Quantize(ConversionOps):
             if isinstance(weight, HalfTensor):
                 weight = weight.dequantize()
             is_done = isinstance(weight, QuantizedTensor)  # a stack of experts
-            yield name, weight if is_done else self.quantizer.method.quantize(name, weight)
+            yield name, weight if is_done else self.quantizer.quantize(name, weight)
 
 
 AUTO_QUANTIZER_MAPPING.setdefault(NAME, OnTheFlyQuantizer)

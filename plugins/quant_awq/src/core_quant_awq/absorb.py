@@ -8,13 +8,12 @@ on calibration input with random scales folded in, puts out what it did before.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from core.quantize.layer import DecoderLayer, InputGroup, LeafCall
+from core.quantize.layer import DecoderLayer, InputGroup, LeafCall, unharmed
 
 EXACT = 1e-4  # of the largest output: what float32 rounding moves at most, and a wrong fold by far exceeds
 
@@ -57,17 +56,6 @@ def apply_scale(linears: Sequence[nn.Linear], absorber: Absorber, scale: Tensor)
     absorber.fold(scale)
     for linear in linears:
         linear.weight.data.mul_(absorber.spread(scale))
-
-
-@contextmanager
-def unharmed(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Put the parameters back afterwards, bit for bit."""
-    kept = [(parameter, parameter.detach().clone()) for module in modules for parameter in module.parameters(False)]
-    try:
-        yield
-    finally:
-        for parameter, value in kept:
-            parameter.data.copy_(value)
 
 
 # ------------------------------------------------------------------------------------------------ candidates

@@ -24,7 +24,7 @@ class AwqQuantizer:
     """A `core.contracts.Quantizer`: 4 bits, zero points, in AutoAWQ's gemm packing. Needs no library."""
 
     name = "awq"
-    calibrates = True
+    calibrates = sees_floats = True
     group_sizes = (-1, 16, 32, 64, 128)
 
     def __init__(self, settings: QuantizeSettings) -> None:

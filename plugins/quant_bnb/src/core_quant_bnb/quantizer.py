@@ -20,7 +20,7 @@ KIND = "nf4"
 class BnbQuantizer:
     """A `core.contracts.Quantizer`: "bnb-nf4" without double quantization, or "bnb-int8"."""
 
-    calibrates = False
+    calibrates = sees_floats = False
     group_sizes = ()
 
     def __init__(self, name: str, settings: QuantizeSettings) -> None:

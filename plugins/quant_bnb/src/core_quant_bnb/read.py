@@ -20,6 +20,7 @@ from torch import Tensor
 
 from core.contracts import Checkpoint
 from core.errors import CheckpointError
+from core.layers import QuantizedTensor, TransposedTensor
 from core.quant_weights import located, read_part
 from core_quant_bnb import four_bit, int8
 
@@ -75,9 +76,10 @@ def _read(checkpoint: Checkpoint, name: str, parts: Mapping[str, str], dtype: to
         made = _read_four_bit(checkpoint, name, weight, parts, dtype)
     else:
         return weight
+    if checkpoint.spec.model_type not in CONV1D_TYPES:
+        return made
     # Such linears have their weight transposed in a float checkpoint, but not in one of bitsandbytes.
-    transposed = checkpoint.spec.model_type in CONV1D_TYPES
-    return made.to(dtype=dtype).T.contiguous() if transposed else made
+    return TransposedTensor.of(made) if isinstance(made, QuantizedTensor) else made.to(dtype=dtype).T.contiguous()
 
 
 def _part(checkpoint: Checkpoint, weight: str, parts: Mapping[str, str], suffix: str, shape: Sequence[int]) -> Tensor:

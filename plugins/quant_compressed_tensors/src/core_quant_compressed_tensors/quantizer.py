@@ -20,7 +20,7 @@ SHRINKS = tuple(1 - 0.05 * step for step in range(9))  # of the range of a group
 class IntQuantizer:
     """A `core.contracts.Quantizer`. Each group takes the range, of a few, that rounds its weights best."""
 
-    calibrates = False
+    calibrates = sees_floats = False
     group_sizes = (-1, 16, 32, 64, 128)
 
     def __init__(self, bits: int, settings: QuantizeSettings) -> None:

@@ -27,6 +27,7 @@ class GptqQuantizer:
 
     name = "gptq"
     calibrates = True
+    sees_floats = False  # rounding makes the errors of earlier layers good, too
     group_sizes = (-1, 16, 32, 64, 128)
 
     def __init__(self, settings: QuantizeSettings) -> None:
