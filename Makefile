@@ -58,7 +58,6 @@ docs: $(READY)
 	$(BIN)/cog -r docs/cli.md
 
 bench: $(READY)
-	@test -f bench/run.py || { echo "make bench: there is no bench/run.py yet."; exit 1; }
 	$(BIN)/python bench/run.py $(ARGS)
 
 # torch goes first and alone: resolved together with the rest, pip may look at several builds of some GB.
