@@ -79,7 +79,7 @@ class Target:
             await asyncio.gather(*jobs)
             found.seconds = time.perf_counter() - start
         if not found.first:
-            why = found.errors[0] if found.errors else "no piece of any answer"
+            why = found.errors[0] if found.errors else "it streamed no text"
             raise CoreError(f"No request to {self.url} came through: {why}")
         return found
 

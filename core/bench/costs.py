@@ -83,7 +83,7 @@ class _Weight:
     matrix: int  # numbers in it, if it is a matrix or a stack of them; else 0
     is_stack: bool
     is_embedding: bool
-    rows: int  # [-2]
+    is_head: bool
 
 
 def model_costs(model: Model, config: Mapping[str, Any]) -> ModelCosts:
@@ -91,8 +91,8 @@ def model_costs(model: Model, config: Mapping[str, Any]) -> ModelCosts:
     weights = list(_weights(model))
     used = [weight for weight in weights if not weight.is_embedding]
     stacks = [weight for weight in used if weight.is_stack]
-    heads = [weight for weight in used if not weight.is_stack and weight.rows == model.vocab_size]
-    body = [weight for weight in used if not weight.is_stack and weight.rows != model.vocab_size]
+    heads = [weight for weight in used if weight.is_head]
+    body = [weight for weight in used if not weight.is_stack and not weight.is_head]
     return ModelCosts(
         parameters=_distinct_numbers(model),
         weight_bytes=_distinct_bytes(model),
@@ -113,14 +113,25 @@ def all_modules(model: Model) -> list[nn.Module]:
 
 
 def _weights(model: Model) -> Iterator[_Weight]:
-    """Every weight by the module that uses it: one that two modules share is read by both."""
+    """Every weight by the module that uses it: one that two modules share is read by both.
+
+    The head is the matrix onto the vocabulary that stands in no list of layers.
+    """
+    layers = _in_lists(model)
     for module in all_modules(model):
         for tensor in [*module._parameters.values(), *_packed(module)]:
             if tensor is not None:
                 matrix = tensor.numel() if tensor.dim() > 1 else 0
-                rows = tensor.shape[-2] if tensor.dim() > 1 else 0
                 embedding = "Embedding" in type(module).__name__ and matrix > 0
-                yield _Weight(_bytes_of(tensor), matrix, tensor.dim() == 3, embedding, rows)
+                onto_vocab = tensor.dim() == 2 and tensor.shape[0] == model.vocab_size
+                head = onto_vocab and not embedding and id(module) not in layers
+                yield _Weight(_bytes_of(tensor), matrix, tensor.dim() == 3, embedding, head)
+
+
+def _in_lists(model: Model) -> set[int]:
+    """Return the ids of all modules inside an nn.ModuleList."""
+    lists = [module for module in all_modules(model) if isinstance(module, nn.ModuleList)]
+    return {id(part) for layers in lists for part in layers.modules()}
 
 
 def _packed(module: nn.Module) -> list[Tensor | None]:

@@ -15,6 +15,7 @@ from core.bench.server import running_server, wait_until_ready
 from core.bench.subject import Bench, Subject, check_fits, opened
 from core.bench.throughput import WARM_TOKENS, Progress
 from core.config import EngineConfig
+from core.errors import ConfigError
 from core.plugins import PluginHost
 
 OTHERS_VOCAB = 256  # ids that every model has, for a server that does not say how many its own has
@@ -70,6 +71,8 @@ def measure_serve(
 ) -> ServeReport:
     """Without `server`, one is started for `config`. Raises CoreError if it does not come up or answers nothing."""
     check_openai()
+    if config.skip_tokenizer_init and server is None:
+        raise ConfigError("bench serve times pieces of text, and a server without a tokenizer streams none.")
     with ExitStack() as stack:
         bench = None
         if server is None or server.has_model:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 
@@ -10,7 +11,6 @@ from core.bench.scaling import VOCAB, Shape
 from core.bench.server import running_server
 from core.cli import run
 from core.config import EngineConfig
-from core.testing import tiny_checkpoint
 
 
 def bench(*argv, tmp_path):
@@ -64,17 +64,10 @@ def test_throughput_with_a_profile_shows_decode_and_prefill(tiny, tmp_path, caps
         assert words in out
 
 
-def test_throughput_reads_its_prompts_from_a_text(tmp_path):
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tiny_checkpoint("llama", tmp_path / "model")
-    letters = Tokenizer(models.WordLevel({chr(code): code - 32 for code in range(32, 120)}, unk_token=" "))
-    letters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=letters, unk_token=" ").save_pretrained(folder)
+def test_throughput_reads_its_prompts_from_a_text(speaking, tmp_path):
     (tmp_path / "text").write_text("the quick brown fox jumps over the lazy dog " * 4)
     sizes = "--concurrency", 2, "--input-len", 16, "--output-len", 3, "--rounds", 1
-    report = bench("throughput", "--model-path", folder, *sizes, "--text", tmp_path / "text", tmp_path=tmp_path)
+    report = bench("throughput", "--model-path", speaking, *sizes, "--text", tmp_path / "text", tmp_path=tmp_path)
     assert report["rows"][0]["output_tok_s"] > 0
 
 
@@ -166,9 +159,9 @@ def test_scaling_takes_no_model(tiny, capsys):
 # ------------------------------------------------------------------------------------------------ serve
 
 
-def test_serve_starts_a_server_and_compares_with_the_engine(tiny, tmp_path, capsys):
+def test_serve_starts_a_server_and_compares_with_the_engine(speaking, tmp_path, capsys):
     load = "--clients", "1,3", "--per-client", 2, "--input-len", 12, "--output-len", 6
-    report = bench("serve", *tiny, *load, tmp_path=tmp_path)
+    report = bench("serve", "--model-path", speaking, *load, tmp_path=tmp_path)
     check_subject(report)
     assert [(row["clients"], row["requests"], row["failed"]) for row in report["rows"]] == [(1, 2, 0), (3, 6, 0)]
     for row in report["rows"]:
@@ -176,9 +169,9 @@ def test_serve_starts_a_server_and_compares_with_the_engine(tiny, tmp_path, caps
     assert "of offline" in capsys.readouterr().out
 
 
-def test_serve_measures_a_server_that_runs_already(folder, tmp_path, capsys):
+def test_serve_measures_a_server_that_runs_already(speaking, tmp_path, capsys):
     load = "--clients", 2, "--per-client", 2, "--input-len", 12, "--output-len", 4
-    with running_server(EngineConfig(model=str(folder), skip_tokenizer_init=True)) as url:
+    with running_server(EngineConfig(model=str(speaking))) as url:
         report = bench("serve", "--url", f"{url}/v1", *load, tmp_path=tmp_path)
         arriving = bench("serve", "--url", url, "--request-rate", 50, *load, tmp_path=tmp_path)
     assert report["subject"] is None
@@ -189,15 +182,20 @@ def test_serve_measures_a_server_that_runs_already(folder, tmp_path, capsys):
     assert "Give --model-path too" in capsys.readouterr().out
 
 
-def test_serve_says_what_the_server_refuses(folder, tmp_path, capsys):
+def test_serve_says_what_the_server_refuses(speaking, tmp_path, capsys):
     load = "--clients", "1", "--per-client", "1", "--input-len", "500", "--output-len", "100"
-    with running_server(EngineConfig(model=str(folder), skip_tokenizer_init=True)) as url:
+    with running_server(EngineConfig(model=str(speaking))) as url:
         assert run(["bench", "serve", "--url", url, *load]) == 1
     assert "longer than this model's 512" in capsys.readouterr().err
 
 
+def test_serve_needs_text_to_time(tiny, capsys):
+    assert run(["bench", "serve", *tiny]) == 1
+    assert "a server without a tokenizer streams none" in capsys.readouterr().err
+
+
 def test_serve_without_the_openai_client_names_the_extra(tiny, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "openai", None)
+    monkeypatch.setitem(sys.modules, "openai", None)
     assert run(["bench", "serve", *tiny]) == 1
     assert "pip install 'core-serve[bench]'" in capsys.readouterr().err
 
@@ -221,15 +219,15 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_report_can_be_drawn(command, tiny, tmp_path):
+def test_every_report_can_be_drawn(command, speaking, tmp_path):
     pytest.importorskip("matplotlib")
-    model = () if command == "scaling" else tiny
+    model = () if command == "scaling" else ("--model-path", str(speaking))
     assert run(["bench", command, *model, *COMMANDS[command], "--plot", str(tmp_path / "plot.png")]) == 0
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_plot_without_matplotlib_names_the_extra_before_anything_runs(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run(["bench", command, "--plot", str(tmp_path / "plot.png")]) == 1
     assert "pip install 'core-serve[plot]'" in capsys.readouterr().err
