@@ -246,6 +246,28 @@ class Quantizer(Protocol):
 # ---------------------------------------------------------------------------------------------- kernels
 
 
+class NormKernel(Protocol):
+    """RMSNorm over the last dimension, for x [..., size] in float32."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def add(self, x: Tensor, residual: Tensor, summed: Tensor) -> Tensor:
+        """Put residual + x into `summed`, which may be `residual`, and return the norm of that; both contiguous."""
+        ...
+
+
+class GateKernel(Protocol):
+    """x [..., 2 n] in float32 -> activation(x[..., :n]) * x[..., n:], a new tensor [..., n]."""
+
+    def __call__(self, gate_up: Tensor) -> Tensor: ...
+
+
+class RotaryKernel(Protocol):
+    """Turns x [tokens, heads, dim] in halves, in place, by cos and sin [tokens, 1, dim]; all float32."""
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> None: ...
+
+
 class Kernels(Protocol):
     """Fast code for one device. Whoever finds no kernel for a case computes it with torch."""
 
@@ -257,6 +279,18 @@ class Kernels(Protocol):
         `weight` is a plain tensor or a `core.layers.QuantizedTensor`. The function may keep the weight's parts, in the
         order given: nobody changes them. It must not keep a second copy of them.
         """
+        ...
+
+    def rms_norm(self, weight: Tensor, eps: float) -> NormKernel | None:
+        """Return x / sqrt(mean(x^2) + eps) * weight for a weight [size] that nobody changes any more."""
+        ...
+
+    def gate(self, activation: str) -> GateKernel | None:
+        """Return the product of an activation ("silu", "gelu_tanh") and a second half."""
+        ...
+
+    def rotary(self) -> RotaryKernel | None:
+        """Return rotary embedding in halves."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 from core.layers.attention import Attention
 from core.layers.embedding import Embedding, Head
-from core.layers.linear import Linear, MergedLinear, pack_linears, unpack_linears
+from core.layers.linear import Linear, MergedLinear, pack_linears, take_kernels, unpack_linears
 from core.layers.mlp import GatedMLP
 from core.layers.norm import RMSNorm
 from core.layers.quant_formats import (
@@ -38,6 +38,7 @@ __all__ = [
     "give_kernels",
     "pack_codes",
     "pack_linears",
+    "take_kernels",
     "unpack_codes",
     "unpack_linears",
 ]

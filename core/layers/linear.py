@@ -9,7 +9,7 @@ loading; the reordered tensor takes the place of the plain one.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -196,16 +196,19 @@ class KernelLinear(nn.Module):
 class SharedLinear(nn.Module):
     """A linear over a float weight that an embedding holds too, as it lies: a second copy would double it.
 
-    For several rows it multiplies from the left, which torch does up to four times faster than x @ weight.T.
+    Without a kernel it multiplies several rows from the left, which torch does up to four times faster.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernel: Callable[[Tensor], Tensor] | None) -> None:
         super().__init__()
+        self.kernel = kernel
         self.out_features, self.in_features = weight.shape
         self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kernel is not None:
+            return self.kernel(x)
         rows = x.reshape(-1, self.in_features)
         if len(rows) == 1:
             return F.linear(x, self.weight, self.bias)
@@ -227,6 +230,7 @@ def can_pack(weight: Tensor) -> bool:
     """True if oneDNN can take this weight on this machine."""
     return (
         weight.device.type == "cpu"
+        and not isinstance(weight, QuantizedTensor)
         and weight.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
@@ -244,12 +248,12 @@ def pack(layer: nn.Module, kernels: Kernels | None = None) -> nn.Module:
     if not isinstance(weight, QuantizedTensor) and type(weight) not in (Tensor, nn.Parameter):
         return layer  # another library's kind of tensor (torchao's), which multiplies in its own way
     asked = weight.parts["values"] if isinstance(weight, HalfTensor) else weight  # kernels know halves as plain tensors
+    if can_pack(weight):
+        return PackedLinear(weight, bias)
     kernel = None if kernels is None or weight.dim() != 2 else kernels.linear(asked, bias)
     if isinstance(weight, QuantizedTensor):
         return QuantizedLinear(weight, bias, kernel) if weight.dim() == 2 else layer
-    if kernel is not None:
-        return KernelLinear(weight, bias, kernel)
-    return PackedLinear(weight, bias) if can_pack(weight) else layer
+    return layer if kernel is None else KernelLinear(weight, bias, kernel)
 
 
 def pack_linears(
@@ -265,14 +269,14 @@ def pack_linears(
     Subclasses are left alone, since they may compute something else.
     """
     packed: dict[int, nn.Module] = {}
-    shared = _embedded(model, kinds)
+    shared = _embedded(model, kinds, kernels)
     # The list must not hold the linears themselves: each one's plain weight is to go before the next is packed.
     for parent in [part for part in model.modules() if type(part) not in kinds]:
         for name, child in list(parent.named_children()):
             if type(child) not in kinds or (only is not None and child not in only):
                 continue
             if id(child) not in packed:
-                packed[id(child)] = _shared(child) if id(child.weight) in shared else pack(child, kernels)
+                packed[id(child)] = _shared(child, kernels) if id(child.weight) in shared else pack(child, kernels)
             if packed[id(child)] is not child:
                 setattr(parent, name, packed[id(child)])
     return sum(isinstance(layer, _PACKED) for layer in packed.values())
@@ -281,18 +285,36 @@ def pack_linears(
 _PACKED = (PackedLinear, KernelLinear, QuantizedLinear, SharedLinear)
 
 
-def _embedded(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[int]:
-    """Ids of the float weights that linears share with others in a model that is quantized to be small."""
+@runtime_checkable
+class TakesKernels(Protocol):
+    """A layer that computes with a device's kernels once it is given them."""
+
+    def take_kernels(self, kernels: Kernels) -> None: ...
+
+
+def take_kernels(model: nn.Module, kernels: Kernels) -> None:
+    """Let the layers of this package that are no linears compute with a device's kernels; call it after loading."""
+    for part in model.modules():
+        if isinstance(part, TakesKernels):
+            part.take_kernels(kernels)
+
+
+def _embedded(model: nn.Module, kinds: tuple[type[nn.Module], ...], kernels: Kernels | None) -> set[int]:
+    """Ids of the float weights that linears share with others and that are multiplied with as they lie.
+
+    That is as fast as the packed copy where there is a kernel, and takes its place in a model that is quantized to be
+    small.
+    """
     held = [(part, weight) for part in model.modules() for weight in part._parameters.values() if weight is not None]
-    if not any(isinstance(weight, QuantizedTensor) for _, weight in held):
+    if kernels is None and not any(isinstance(weight, QuantizedTensor) for _, weight in held):
         return set()
     return {id(w) for part, w in held if type(part) not in kinds and not isinstance(w, QuantizedTensor) and can_pack(w)}
 
 
-def _shared(layer: nn.Module) -> nn.Module:
+def _shared(layer: nn.Module, kernels: Kernels | None) -> nn.Module:
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
-    return SharedLinear(weight, bias)
+    return SharedLinear(weight, bias, None if kernels is None else kernels.linear(weight.detach(), bias))
 
 
 def unpack_linears(model: nn.Module) -> None:

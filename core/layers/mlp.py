@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.layers.linear import Linear, Loader, MergedLinear
+
+if TYPE_CHECKING:
+    from core.contracts import GateKernel, Kernels
 
 
 class GatedMLP(nn.Module):
@@ -16,12 +21,24 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.gate_up = MergedLinear(size, [inner, inner], bias, dtype)
         self.down = Linear(inner, size, bias, dtype)
+        self.dtype = dtype
+        self.kernel: GateKernel | None = None
 
     def loaders(self, name: str) -> dict[str, Loader]:
         parts = self.gate_up.merged_loaders([f"{name}.gate_proj", f"{name}.up_proj"])
         return parts | self.down.loaders(f"{name}.down_proj")
 
+    def take_kernels(self, kernels: Kernels) -> None:
+        """Compute with a device's kernels from now on."""
+        if self.dtype == torch.float32:
+            self.kernel = kernels.gate("silu")
+
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        out: Tensor = self.down(F.silu(gate) * up)
+        out: Tensor = self.down(self._gated(self.gate_up(x)))
         return out
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        if self.kernel is not None:
+            return self.kernel(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.batch import Batch
+
+if TYPE_CHECKING:
+    from core.contracts import Kernels, RotaryKernel
 
 SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn")
 
@@ -25,16 +28,17 @@ class RotaryError(ValueError):
     """The config's rope parameters are not supported; the message names them."""
 
 
-class Rotary:
+class Rotary(nn.Module):
     """Cosines and sines for the tokens of a batch. `parameters` is transformers' `rope_parameters`."""
 
     def __init__(self, dim: int, max_positions: int, parameters: Mapping[str, Any], device: torch.device) -> None:
+        super().__init__()
         self.kind = str(parameters.get("rope_type", parameters.get("type", "default")))
         if self.kind not in SCALINGS:
             raise RotaryError(f"rope type {self.kind!r} is not supported; supported: {', '.join(SCALINGS)}")
         if float(parameters.get("partial_rotary_factor", 1.0)) != 1.0:
             raise RotaryError("partial_rotary_factor other than 1 is not supported")
-        self.dim, self.parameters = dim, parameters
+        self.dim, self.rope = dim, parameters
         self.theta = float(parameters.get("rope_theta", 10000.0))
         # transformers' dynamic rope grows from max_position_embeddings, whatever else the parameters say.
         stated = None if self.kind == "dynamic" else parameters.get("original_max_position_embeddings")
@@ -44,18 +48,30 @@ class Rotary:
         with torch.device("cpu"):  # not the device of a model that is built without memory
             inverse = self._inverse(max_positions)
         self.inverse = inverse.to(device)  # [dim / 2] float32
+        self.kernel: RotaryKernel | None = None
+
+    def take_kernels(self, kernels: Kernels) -> None:
+        """Compute with a device's kernels from now on."""
+        self.kernel = kernels.rotary()
 
     @property
     def depends_on_length(self) -> bool:
         """True if a token's rotation depends on how long its text is, so that K cannot be shared between texts."""
         return self.kind == "dynamic"
 
-    def __call__(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cos and sin [tokens, 1, dim] in `dtype`."""
         inverse = self._dynamic(batch) if self.depends_on_length else self.inverse[None]
         angles = batch.positions[:, None].float() * inverse
         angles = torch.cat([angles, angles], -1).unsqueeze(1)
         return (angles.cos() * self.attention_factor).to(dtype), (angles.sin() * self.attention_factor).to(dtype)
+
+    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Return x [tokens, heads, dim] turned by what calling this gave; x itself may be overwritten."""
+        if self.kernel is None or x.dtype != torch.float32:
+            return apply_rotary(x, *rotation)
+        self.kernel(x, *rotation)
+        return x
 
     def _plain(self, theta: float | Tensor) -> Tensor:
         exponents = torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim
@@ -72,18 +88,18 @@ class Rotary:
         return inverse
 
     def _llama3(self, inverse: Tensor) -> Tensor:
-        low, high = float(self.parameters["low_freq_factor"]), float(self.parameters["high_freq_factor"])
+        low, high = float(self.rope["low_freq_factor"]), float(self.rope["high_freq_factor"])
         turns = self.original * inverse / (2 * math.pi)  # full turns of each frequency within the original length
         keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1 = high frequency, unchanged
         return keep * inverse + (1 - keep) * inverse / self.factor
 
     def _yarn(self, inverse: Tensor, max_positions: int) -> Tensor:
-        if not self.parameters.get("factor"):
+        if not self.rope.get("factor"):
             self.factor = max_positions / self.original
-        fast, slow = float(self.parameters.get("beta_fast") or 32), float(self.parameters.get("beta_slow") or 1)
-        self.attention_factor = _yarn_attention_factor(self.parameters, self.factor)
+        fast, slow = float(self.rope.get("beta_fast") or 32), float(self.rope.get("beta_slow") or 1)
+        self.attention_factor = _yarn_attention_factor(self.rope, self.factor)
         low, high = (self._dimension_of(turns) for turns in (fast, slow))
-        if self.parameters.get("truncate", True):
+        if self.rope.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, self.dim - 1)
         span = high - low if high != low else 0.001  # the ramp must not divide by zero

@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -15,10 +16,13 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # Plain code comes first: of functions of the standard library that several files bring, the linker keeps the first.
 SOURCES = {"csrc/library.cpp": [], "csrc/plain.cpp": []}
+ATTENTION = {"csrc/attention_library.cpp": [], "csrc/attention_plain.cpp": []}
 if X86:
     FLAGS.append("-DCORE_KERNELS_X86")
     SOURCES |= {"csrc/avx2.cpp": AVX2, "csrc/avx512.cpp": AVX512}
-HEADERS = ["weight.h", "formats.h", "ggml.h", "matmul.h", "simd_plain.h", "simd_avx2.h", "simd_avx512.h"]
+    ATTENTION |= {"csrc/attention_avx2.cpp": AVX2, "csrc/attention_avx512.cpp": AVX512}
+SOURCES |= ATTENTION
+HEADERS = sorted(path.name for path in Path(__file__).parent.glob("csrc/*.h"))
 
 
 class BuildKernels(build_ext):

@@ -3,8 +3,10 @@
 #include "formats.h"
 #include "ggml.h"
 #include "matmul.h"
+#include "elementwise.h"
+#include "instruction_set.h"
 
 namespace core_kernels {
 extern const InstructionSet avx2_set;
-const InstructionSet avx2_set = {"avx2", find};
+const InstructionSet avx2_set = {"avx2", find, {rms_norm, gate, rotate}};
 }

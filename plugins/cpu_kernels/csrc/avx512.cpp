@@ -3,8 +3,10 @@
 #include "formats.h"
 #include "ggml.h"
 #include "matmul.h"
+#include "elementwise.h"
+#include "instruction_set.h"
 
 namespace core_kernels {
 extern const InstructionSet avx512_set;
-const InstructionSet avx512_set = {"avx512", find};
+const InstructionSet avx512_set = {"avx512", find, {rms_norm, gate, rotate}};
 }

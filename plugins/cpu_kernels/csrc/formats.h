@@ -167,4 +167,15 @@ template <bool BRAIN> struct Halves {
     }
 };
 
+// Floats of four bytes, column after column: multiplied where they lie, whatever the number of rows.
+struct Floats {
+    static constexpr int VECTORS = 4, PARTS = 1, SEGMENT = W * VECTORS;
+    static constexpr bool SCALED = false, OFFSET = false;
+    static constexpr bool IN_PLACE = false;
+
+    static bool setup(Plan& plan) { return plan.weight.row_bytes % 4 == 0; }
+    static constexpr int column(int i, int lane) { return i * W + lane; }
+    static constexpr int part(int) { return 0; }
+};
+
 }}  // namespace core_kernels

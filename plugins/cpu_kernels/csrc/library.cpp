@@ -8,7 +8,9 @@
 #include <cstring>
 #include <new>
 
-#include "weight.h"
+#include "instruction_set.h"
+#include "scratch.h"
+#include "threads.h"
 
 namespace core_kernels {
 
@@ -48,52 +50,72 @@ struct Ready {
     const Packing* packing = nullptr;
 };
 
-// Memory that only grows, one for each calling thread.
-struct Scratch {
-    float* at = nullptr;
-    size_t floats = 0;
-
-    float* get(size_t wanted) {
-        if (wanted > floats) {
-            std::free(at);
-            const size_t bytes = (wanted * sizeof(float) + 4095) / 4096 * 4096;
-            at = static_cast<float*>(std::aligned_alloc(64, bytes));
-            floats = at ? bytes / sizeof(float) : 0;
-        }
-        return at;
-    }
-    ~Scratch() { std::free(at); }
-};
 thread_local Scratch scratch;
 
-struct Job {
-    const Ready* ready;
-    Call call;
-    int64_t chunk;  // rows of the weight at a time
+// Hands ranges of [0, total) to the threads of torch until none is left; `run(shared, first, last)` does one.
+struct Shares {
+    void (*run)(const void* shared, int64_t first, int64_t last);
+    const void* shared;
+    int64_t total, chunk;
     std::atomic<int64_t> next;
 };
 
 void work(void* given) {
-    Job& job = *static_cast<Job*>(given);
-    const int64_t out = job.ready->plan.weight.out;
-    for (int64_t first = job.next.fetch_add(job.chunk); first < out; first = job.next.fetch_add(job.chunk))
-        job.ready->packing->multiply(job.ready->plan, job.call, first, std::min(first + job.chunk, out));
+    Shares& shares = *static_cast<Shares*>(given);
+    for (int64_t first = shares.next.fetch_add(shares.chunk); first < shares.total; first = shares.next.fetch_add(shares.chunk))
+        shares.run(shares.shared, first, std::min(first + shares.chunk, shares.total));
+}
+
+void share_out(Shares& shares, int threads) {
+    if (threads == 1 || shares.chunk >= shares.total) return shares.run(shares.shared, 0, shares.total);
+    on_threads(threads, work, &shares);
+}
+
+struct Job {
+    const Ready* ready;
+    Call call;
+};
+
+void multiply(const void* given, int64_t first, int64_t last) {
+    const Job& job = *static_cast<const Job*>(given);
+    job.ready->packing->multiply(job.ready->plan, job.call, first, last);
 }
 
 constexpr int64_t SERIAL_WORK = 1 << 15;  // multiply-adds below which a second thread costs more than it brings
 
-void share_out(Job& job) {
+void multiply_all(const Job& job) {
     const Weight& weight = job.ready->plan.weight;
-    const bool serial = !run_parallel || weight.out * weight.in * job.call.rows <= SERIAL_WORK;
-    const int threads = serial ? 1 : std::max(1, max_threads());
+    const int threads = weight.out * weight.in * job.call.rows <= SERIAL_WORK ? 1 : thread_count();
     const int64_t even = weight.out / (int64_t(threads) * 8);
-    job.chunk = threads == 1 ? weight.out : std::min<int64_t>(std::max<int64_t>(even / 32 * 32, 32), 1024);
-    job.next = 0;
-    if (threads == 1) work(&job);
-    else run_parallel(work, &job, unsigned(threads), 0);
+    const int64_t chunk = threads == 1 ? weight.out : std::min<int64_t>(std::max<int64_t>(even / 32 * 32, 32), 1024);
+    Shares shares{multiply, &job, weight.out, chunk, {0}};
+    share_out(shares, threads);
+}
+
+constexpr int64_t SERIAL_NUMBERS = 1 << 15;  // numbers that one thread goes through before a second is called
+
+// Rows of `width` numbers each, some at a time.
+template <class Call, void (*Elementwise::*member)(const Call&, int64_t, int64_t)>
+void run_rows(const void* set, const Call& call, int64_t rows, int64_t width) {
+    struct Shared { void (*run)(const Call&, int64_t, int64_t); const Call* call; };
+    const Shared shared{static_cast<const InstructionSet*>(set)->elementwise.*member, &call};
+    const auto run = [](const void* given, int64_t first, int64_t last) {
+        const Shared& found = *static_cast<const Shared*>(given);
+        found.run(*found.call, first, last);
+    };
+    Shares shares{run, &shared, rows, std::max<int64_t>(1, SERIAL_NUMBERS / 2 / std::max<int64_t>(width, 1)), {0}};
+    share_out(shares, rows * width <= SERIAL_NUMBERS ? 1 : thread_count());
 }
 
 }  // namespace
+
+int thread_count() { return run_parallel ? std::max(1, max_threads()) : 1; }
+
+void on_threads(int threads, void (*work)(void*), void* job) {
+    if (threads <= 1 || !run_parallel) work(job);
+    else run_parallel(work, job, unsigned(threads), 0);
+}
+
 }  // namespace core_kernels
 
 using namespace core_kernels;
@@ -102,7 +124,7 @@ extern "C" {
 
 #define EXPORT __attribute__((visibility("default")))
 
-EXPORT int32_t core_kernels_abi() { return 1; }
+EXPORT int32_t core_kernels_abi() { return 2; }
 
 // The functions of the OpenMP runtime that torch has loaded; null: one thread.
 EXPORT void core_kernels_threads(void* gomp_parallel, void* omp_get_max_threads) {
@@ -140,11 +162,29 @@ EXPORT void core_kernels_free(void* ready) { delete static_cast<Ready*>(ready); 
 EXPORT int32_t core_kernels_linear(const void* given, const float* x, float* out, int64_t rows) {
     const Ready& ready = *static_cast<const Ready*>(given);
     const int64_t floats = rows * ready.plan.x_stride, sum_floats = rows == 1 ? ready.packing->sum_floats(ready.plan) : 0;
-    float* memory = scratch.get(size_t(floats + sum_floats));
+    float* memory = scratch.get(floats + sum_floats);
     if (!memory) return 1;
     ready.packing->prepare(ready.plan, x, rows, memory, memory + floats);
-    Job job{&ready, {memory, memory + floats, out, rows}, 0, {0}};
-    share_out(job);
+    multiply_all({&ready, {memory, memory + floats, out, rows}});
     return 0;
+}
+
+// out[rows, width] = RMSNorm of x[rows, width], or of summed = residual + x where there is a residual.
+EXPORT void core_kernels_rms_norm(const void* set, const float* x, const float* residual, float* summed, const float* weight,
+                                  float* out, int64_t rows, int64_t width, float eps) {
+    run_rows<NormCall, &Elementwise::rms_norm>(set, {x, residual, summed, weight, out, rows, width, eps}, rows, width);
+}
+
+// out[rows, width] = activation(gate) * up
+EXPORT void core_kernels_gate(const void* set, const float* gate, const float* up, float* out, int64_t rows, int64_t width,
+                              int64_t gate_stride, int64_t up_stride, int32_t kind) {
+    run_rows<GateCall, &Elementwise::gate>(set, {gate, up, out, rows, width, gate_stride, up_stride, kind}, rows, width);
+}
+
+// Turns x[tokens, heads, width] where it lies.
+EXPORT void core_kernels_rotate(const void* set, float* x, const float* cosines, const float* sines, int64_t tokens,
+                                int64_t heads, int64_t width, int64_t token_stride, int64_t head_stride, int64_t angle_stride) {
+    const RotateCall call{x, cosines, sines, tokens, heads, width, token_stride, head_stride, angle_stride};
+    run_rows<RotateCall, &Elementwise::rotate>(set, call, tokens, heads * width);
 }
 }

@@ -255,6 +255,69 @@ template <class Format> void many_rows(const Plan& plan, const Call& call, int64
     }
 }
 
+// -------------------------------------------------------------------------------------------------- floats
+
+// ROWS x COUNT sums over a row's whole vectors and what is left of it, straight from the weight.
+template <int ROWS, int COUNT, bool ASK> INLINE void float_sums(const float* weights, int64_t stride, const float* x, int64_t x_stride, int64_t in, VF (*total)[COLUMNS]) {
+    const int64_t steps = in / W;
+    for (int64_t step = 0; step < steps; step++) {
+        VF held[COUNT];
+        unrolled<COUNT>([&](auto c) { held[c] = load(weights + c * stride + step * W); });
+        if constexpr (ASK) unrolled<COUNT>([&](auto c) { __builtin_prefetch(weights + (c + COUNT) * stride + step * W); });
+        unrolled<ROWS>([&](auto m) {
+            const VF one = load(x + m * x_stride + step * W);
+            unrolled<COUNT>([&](auto c) { total[m][c] = fma(held[c], one, total[m][c]); });
+        });
+    }
+    if (const int left = int(in - steps * W)) {
+        VF held[COUNT];
+        unrolled<COUNT>([&](auto c) { held[c] = load_first(weights + c * stride + steps * W, left); });
+        unrolled<ROWS>([&](auto m) {
+            const VF one = load(x + m * x_stride + steps * W);  // prepared: zeros follow
+            unrolled<COUNT>([&](auto c) { total[m][c] = fma(held[c], one, total[m][c]); });
+        });
+    }
+}
+
+// COUNT rows of the weight from n on, columns [from, to). The first tile of rows asks for the weights that come next; those
+// that follow find them in the cache.
+template <int ROWS, int COUNT> void float_tile(const Plan& plan, const float* x, int64_t from, int64_t to, float* out, int64_t n, bool ask) {
+    const int64_t stride = plan.weight.row_bytes / 4;
+    const float* at = reinterpret_cast<const float*>(plan.weight.codes) + n * stride + from;
+    VF total[ROWS][COLUMNS];
+    unrolled<ROWS * COLUMNS>([&](auto i) { total[i / COLUMNS][i % COLUMNS] = zero(); });
+    if (COUNT == COLUMNS && ask) float_sums<ROWS, COUNT, true>(at, stride, x, plan.x_stride, to - from, total);
+    else float_sums<ROWS, COUNT, false>(at, stride, x, plan.x_stride, to - from, total);
+    unrolled<ROWS>([&](auto m) {
+        write(plan, out + m * plan.weight.out, n, n + COUNT, sums(total[m][0], total[m][1], total[m][2], total[m][3]), from == 0);
+    });
+}
+
+template <int ROWS> void float_tile_of(int rows, const Plan& plan, const float* x, int64_t from, int64_t to, float* out, int64_t n, int64_t last, bool ask) {
+    if (rows != ROWS) {
+        if constexpr (ROWS > 1) float_tile_of<ROWS - 1>(rows, plan, x, from, to, out, n, last, ask);
+    } else if (n + COLUMNS <= last) {
+        float_tile<ROWS, COLUMNS>(plan, x, from, to, out, n, ask);
+    } else {
+        for (; n < last; n++) float_tile<ROWS, 1>(plan, x, from, to, out, n, false);
+    }
+}
+
+void multiply_floats(const Plan& plan, const Call& call, int64_t first, int64_t last) {
+    const int64_t tiles = (call.rows + MAX_ROWS - 1) / MAX_ROWS, in = plan.weight.in;
+    const int64_t blocks = tiles == 1 ? 1 : (in + BLOCK_FLOATS - 1) / BLOCK_FLOATS, block = (in + blocks * W - 1) / (blocks * W) * W;
+    for (int64_t n = first; n < last; n += BLOCK_COLUMNS) {
+        const int64_t end = std::min<int64_t>(n + BLOCK_COLUMNS, last);
+        for (int64_t from = 0; from < in; from += block) {
+            for (int64_t t = 0; t < tiles; t++) {
+                const int64_t m = call.rows * t / tiles, rows = call.rows * (t + 1) / tiles - m;
+                for (int64_t c = n; c < end; c += COLUMNS)
+                    float_tile_of<MAX_ROWS>(int(rows), plan, call.x + m * plan.x_stride + from, from, std::min(from + block, in), call.out + m * plan.weight.out, c, end, t == 0 && c + 2 * COLUMNS <= last);
+            }
+        }
+    }
+}
+
 // -------------------------------------------------------------------------------------------------- by rows
 
 template <class Format, int ROWS> void few_rows_of(const Plan& plan, const Call& call, int64_t first, int64_t last) {
@@ -273,12 +336,18 @@ template <class Format> const Packing* packing() {
     return &found;
 }
 
+template <> const Packing* packing<Floats>() {
+    static const Packing found = {setup<Floats>, prepare<Floats>, multiply_floats, sum_floats<Floats>};
+    return &found;
+}
+
 inline const Packing* find(int32_t packing_id) {
     switch (packing_id) {
         case AFFINE4: return packing<Words<4, false>>();
         case AFFINE8: return packing<Words<8, false>>();
         case TABLE4: return packing<Words<4, true>>();
         case HALF: return packing<Halves<false>>();
+        case FLOATS: return packing<Floats>();
         case BRAIN_HALF: return packing<Halves<true>>();
         case Q4_0: return packing<Nibbles<2, false>>();
         case Q4_1: return packing<Nibbles<4, false>>();

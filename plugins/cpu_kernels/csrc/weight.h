@@ -64,14 +64,10 @@ struct Packing {
     int64_t (*sum_floats)(const Plan&);
 };
 
-struct InstructionSet {
-    const char* name;
-    const Packing* (*find)(int32_t packing);  // null: none
-};
 
 // Numbers of packings; mirrored by core_cpu_kernels/kernels.py. GGML's are 100 + ggml_type.
 enum PackingId : int32_t {
-    AFFINE4 = 1, AFFINE8 = 2, TABLE4 = 3, HALF = 4, BRAIN_HALF = 5,
+    AFFINE4 = 1, AFFINE8 = 2, TABLE4 = 3, HALF = 4, BRAIN_HALF = 5, FLOATS = 6,
     Q4_0 = 102, Q4_1 = 103, Q5_0 = 106, Q5_1 = 107, Q8_0 = 108,
     Q2_K = 110, Q3_K = 111, Q4_K = 112, Q5_K = 113, Q6_K = 114, IQ4_NL = 120, IQ4_XS = 123,
 };

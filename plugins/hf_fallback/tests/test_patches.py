@@ -18,13 +18,14 @@ from core_hf_fallback.patches.rms_norm import recognise
 
 # Places that each rule changes in a tiny model of so many layers; none: the rule finds nothing of its kind.
 MODELS = {
-    "llama": {"merged-linears", "rms-norm"},
-    "gemma2": {"merged-linears", "rms-norm"},  # 1 + w, softcap
-    "gemma3_text": {"merged-linears", "rms-norm"},  # 1 + w, norms of Q and K
-    "qwen3": {"merged-linears", "rms-norm"},  # norms of Q and K
+    "llama": {"merged-linears", "rms-norm", "gated-mlp", "attention-block", "decoder-layer"},
+    "gemma2": {"merged-linears", "rms-norm", "gated-mlp", "attention-block"},  # 1 + w, softcap, four norms
+    "gemma3_text": {"merged-linears", "rms-norm", "gated-mlp", "attention-block"},  # 1 + w, norms of Q and K
+    "qwen3": {"merged-linears", "rms-norm", "gated-mlp", "attention-block", "decoder-layer"},  # norms of Q and K
+    "phi3": {"rms-norm", "gated-mlp"},  # one linear makes gate and up
     "gpt_neox": set(),  # one linear makes Q, K and V; LayerNorm
     "phi": {"merged-linears"},  # partial rotary, LayerNorm
-    "mixtral": {"merged-linears", "rms-norm"},  # experts
+    "mixtral": {"merged-linears", "rms-norm", "attention-block", "decoder-layer"},  # experts
 }
 
 
@@ -33,7 +34,7 @@ def test_a_patched_model_answers_like_transformers(model_type, caplog):
     caplog.set_level(logging.INFO, "core_serve.transformers")
     assert assert_matches_transformers(model_type, "transformers", max_tokens=6) == "transformers/paged"
     assert "is left out" not in caplog.text
-    for name in ("merged-linears", "rms-norm"):
+    for name in set(NAMES) - {"child-lookup"}:
         assert (f"{name} (" in caplog.text) == (name in MODELS[model_type])
 
 
@@ -56,8 +57,9 @@ def test_the_names_that_can_be_disabled_are_those_of_the_rules():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_patch_can_be_left_out(llama, name):
+    without = {name, "decoder-layer"} if name == "rms-norm" else {name}  # a layer is known by its norms
     with open_llm(llama, disable_patches=(name,)) as llm:
-        assert patches_of(llm) == tuple(one for one in NAMES if one != name)
+        assert patches_of(llm) == tuple(one for one in NAMES if one not in without)
 
 
 def test_an_unknown_patch_is_refused_with_the_names(llama):
@@ -69,13 +71,14 @@ def test_explain_lists_the_patches(llama, capsys):
     from core.cli import run
 
     assert run(["explain", str(llama), "--model-impl", "transformers", "--probe", "--disable-patch", "rms-norm"]) == 0
-    assert "transformers/paged: serves; patches: merged-linears, child-lookup" in capsys.readouterr().out
+    patches = "merged-linears, gated-mlp, attention-block, child-lookup"
+    assert f"transformers/paged: serves; patches: {patches}" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ wrong rules
 
 
-def scaled_norms(module, calls):
+def scaled_norms(module, calls, kernels):
     """A wrong rule: norms that are a hundredth too large."""
     undo = []
     for part in module.modules():
@@ -85,7 +88,7 @@ def scaled_norms(module, calls):
     return undo
 
 
-def broken_norms(module, calls):
+def broken_norms(module, calls, kernels):
     """A wrong rule: norms that fail."""
     undo = []
     for part in module.modules():
@@ -99,7 +102,7 @@ def broken_norms(module, calls):
     ("wrong", "reason"), [(scaled_norms, "its logits differ"), (broken_norms, "TypeError: 'NoneType' object")]
 )
 def test_a_wrong_rule_is_named_and_left_out_and_the_model_serves(llama, wrong, reason, caplog, monkeypatch):
-    monkeypatch.setattr(patching, "RULES", (RULES[0], Rule("wrong-norms", wrong), RULES[2]))
+    monkeypatch.setattr(patching, "RULES", (RULES[0], Rule("wrong-norms", wrong), RULES[-1]))
     assert assert_matches_transformers(llama, "transformers", max_tokens=6) == "transformers/paged"
     assert f"patch wrong-norms is left out, it changes this model's results: {reason}" in caplog.text
     with open_llm(llama) as llm:
@@ -131,7 +134,7 @@ def test_undone_patches_leave_the_module_as_it_was(llama):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     kinds = [(name, type(part)) for name, part in model.named_modules()]
     patcher = patched(model)
-    assert set(patcher.counts) == set(NAMES)
+    assert set(patcher.counts) == set(NAMES) - {"attention-block"}  # attention here is not the host's
     patcher.undo()
     after = model.state_dict()
     assert list(after) == list(before)
@@ -265,3 +268,68 @@ def test_a_norm_with_a_gate_is_left_alone():
             return rms(self, x if gate is None else x * gate) * self.weight
 
     assert recognise(Gated(None)) is None
+
+
+# ------------------------------------------------------------------------------------------------ feed-forward blocks
+
+
+class Mlp(nn.Module):
+    def __init__(self, formula, inner=24):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, inner), nn.Linear(8, inner), nn.Linear(inner, 8)
+        self.act, self.formula = nn.SiLU(), formula
+
+    def forward(self, x):
+        return self.formula(self, x)
+
+
+@pytest.mark.parametrize(
+    ("formula", "known"),
+    [
+        (lambda mlp, x: mlp.down(mlp.act(mlp.gate(x)) * mlp.up(x)), True),
+        (lambda mlp, x: mlp.down(F.gelu(mlp.gate(x), approximate="tanh") * mlp.up(x)), True),
+        (lambda mlp, x: mlp.down(F.relu(mlp.gate(x)) * mlp.up(x)), True),
+        (lambda mlp, x: mlp.down(mlp.act(mlp.gate(x) * 1.01) * mlp.up(x)), False),
+        (lambda mlp, x: mlp.down(mlp.act(mlp.gate(x)) * mlp.up(x)) + x, False),
+        (lambda mlp, x: mlp.down(mlp.act(mlp.gate(x)) + mlp.up(x)), False),
+    ],
+)
+@pytest.mark.parametrize("rules", [("gated-mlp",), ("merged-linears", "gated-mlp")])
+def test_a_gated_block_is_known_by_what_it_computes(formula, known, rules):
+    model = nn.Sequential(Mlp(formula))
+    x, y = torch.randn(2, 1, 5, 8)
+    with torch.inference_mode():
+        wanted = model(y)
+        with linear_calls(model) as calls:
+            model(x)
+        patcher = Patcher(model, calls)
+        patcher.apply([rule for rule in RULES if rule.name in rules])
+        assert ("gated-mlp" in patcher.counts) == known
+        torch.testing.assert_close(model(y), wanted, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ unusual calls
+
+
+def test_a_block_that_is_called_otherwise_than_at_load_uses_its_own_code(llama):
+    """Hidden states are what they were when a patched layer is given another mask than the recorded one."""
+    from core_hf_fallback.interface import bind
+    from core_hf_fallback.paged import PagedModel
+    from core_hf_fallback.ropes import Ropes
+
+    module = load(llama)
+    binding, ids = bind(module), torch.arange(3, 14)
+    with linear_calls(module) as calls:
+        PagedModel(module, binding, Ropes(module, 64), ids, len(ids))
+    patcher = Patcher(module, calls)
+    patcher.apply(RULES)
+    assert {"attention-block", "decoder-layer"} <= set(patcher.counts)
+    layer, hidden = module.model.layers[0], torch.randn(1, 5, module.config.hidden_size)
+    angles = module.model.rotary_emb(hidden, torch.arange(5)[None])
+    for config in (module.config, module.model.config):
+        config._attn_implementation = "eager"
+    with torch.inference_mode():
+        found = layer(hidden, attention_mask=torch.zeros(1, 1, 5, 5), position_embeddings=angles)
+        patcher.undo()
+        wanted = layer(hidden, attention_mask=torch.zeros(1, 1, 5, 5), position_embeddings=angles)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -1,16 +1,19 @@
-"""Fast kernels for linears on a CPU: weights of 4, 8 and 16 bits are multiplied as they lie in memory."""
+"""Fast kernels on a CPU: linears whose weights are multiplied as they lie in memory, attention that reads K and V so."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from core import hookimpl
+from core.contracts import Bid, Refusal
 
 if TYPE_CHECKING:
     from core.config import EngineConfig
-    from core.contracts import Kernels
+    from core.contracts import AttentionBackend, Kernels
+    from core.spec import ModelSpec
 
 CORE_API = (1, 0)
+ATTENTION_PRIORITY = 70  # above the core's own for CPUs
 
 
 @hookimpl
@@ -20,3 +23,18 @@ def provide_kernels(device: str, options: EngineConfig) -> Kernels | None:
     from core_cpu_kernels.kernels import CpuKernels
 
     return CpuKernels()
+
+
+@hookimpl
+def resolve_attention_backend(spec: ModelSpec, options: EngineConfig) -> Bid[AttentionBackend] | Refusal:
+    import torch
+
+    if options.device != "cpu" and (options.device != "auto" or torch.cuda.is_available()):
+        return Refusal(f"cpu_kernels attention runs on the CPU only, and the device is {options.device!r}")
+    return Bid("cpu_kernels", ATTENTION_PRIORITY, _build_attention, {"device": "cpu"})
+
+
+def _build_attention() -> AttentionBackend:
+    from core_cpu_kernels.attention import CpuKernelAttention
+
+    return CpuKernelAttention()

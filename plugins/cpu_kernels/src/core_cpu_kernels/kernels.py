@@ -10,9 +10,10 @@ from torch import Tensor
 
 from core.errors import CoreError
 from core.layers import AffineTensor, QuantizedTensor, TableTensor
+from core_cpu_kernels.elementwise import ACTIVATIONS, GateKernel, NormKernel, RotaryKernel
 from core_cpu_kernels.library import Library, Weight, wanted_instruction_set
 
-PACKINGS = {"affine4": 1, "affine8": 2, "table4": 3, torch.float16: 4, torch.bfloat16: 5}
+PACKINGS = {"affine4": 1, "affine8": 2, "table4": 3, torch.float16: 4, torch.bfloat16: 5, torch.float32: 6}
 GGML = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 GGML_PACKINGS = dict(zip(GGML, (102, 103, 106, 107, 108, 110, 111, 112, 113, 114, 120, 123), strict=True))
 GGML_PACKINGS |= {"F16": PACKINGS[torch.float16], "BF16": PACKINGS[torch.bfloat16]}  # halves are just halves
@@ -40,6 +41,20 @@ class CpuKernels:
             spec.bias = kept["bias"].data_ptr()
         made = self.library.make(spec)
         return None if made is None else KernelFunction(self.library, made, spec, kept)
+
+    def rms_norm(self, weight: Tensor, eps: float) -> NormKernel | None:
+        return NormKernel(self.library, weight, eps) if _is_plain(weight) else None
+
+    def gate(self, activation: str) -> GateKernel | None:
+        kind = ACTIVATIONS.get(activation)
+        return None if kind is None else GateKernel(self.library, kind)
+
+    def rotary(self) -> RotaryKernel:
+        return RotaryKernel(self.library)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous()
 
 
 class KernelFunction:
@@ -102,7 +117,7 @@ def _blocks(weight: QuantizedTensor) -> tuple[Weight, dict[str, Tensor]] | None:
 def _plain(weight: Tensor) -> tuple[Weight, dict[str, Tensor]] | None:
     if not weight.is_contiguous():
         return None
-    return _spec(weight, PACKINGS[weight.dtype], weight, 2 * weight.shape[1]), {"codes": weight}
+    return _spec(weight, PACKINGS[weight.dtype], weight, weight.element_size() * weight.shape[1]), {"codes": weight}
 
 
 def _grouped(weight: QuantizedTensor) -> tuple[Weight, dict[str, Tensor]] | None:

@@ -8,15 +8,32 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import os
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from core.errors import PluginError
 
-ABI = 1
+ABI = 2
 ISA_VARIABLE = "CORE_CPU_KERNELS_ISA"  # avx512, avx2 or plain: instead of the best that the machine has
+
+
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
+_SIGNATURES: dict[str, tuple[Any, ...]] = {  # result, arguments
+    "instruction_set": (_POINTER, ctypes.c_char_p),
+    "name": (ctypes.c_char_p, _POINTER),
+    "make": (_POINTER, _POINTER, _POINTER),
+    "free": (None, _POINTER),
+    "linear": (ctypes.c_int32, _POINTER, _POINTER, _POINTER, _INT),
+    "rms_norm": (None, *[_POINTER] * 6, *[_INT] * 2, ctypes.c_float),
+    "gate": (None, *[_POINTER] * 4, *[_INT] * 4, ctypes.c_int32),
+    "rotate": (None, *[_POINTER] * 4, *[_INT] * 6),
+    "attention_set": (_POINTER, _POINTER),
+    "attend": (ctypes.c_int32, *[_POINTER] * 7),
+    "threads": (None, _POINTER, _POINTER),
+}
 
 
 class Weight(ctypes.Structure):
@@ -54,11 +71,22 @@ class Library:
         self.instruction_set: str = self._functions.core_kernels_name(self._set).decode()
         self.linear = self._functions.core_kernels_linear  # (made, x, out, rows) -> 0
         self.free = self._functions.core_kernels_free
+        self.rms_norm = partial(self._functions.core_kernels_rms_norm, self._set)
+        self.gate = partial(self._functions.core_kernels_gate, self._set)
+        self.rotate = partial(self._functions.core_kernels_rotate, self._set)
+        self.attend = self._functions.core_kernels_attend  # (attention_set, layer, step, q, k, v, out) -> 0
+        self.attention_set: int = self._functions.core_kernels_attention_set(self._set)
 
     def make(self, weight: Weight) -> int | None:
         """Return what `linear` takes, or None if there is no kernel for this weight."""
         made: int | None = self._functions.core_kernels_make(self._set, ctypes.byref(weight))
         return made
+
+
+def instruction_sets() -> list[str]:
+    """Return the names of those that this machine and this build have, the best first."""
+    find = _load().core_kernels_instruction_set
+    return [name for name in ("avx512", "avx2", "plain") if find(name.encode())]
 
 
 def wanted_instruction_set() -> str:
@@ -85,16 +113,9 @@ def _load() -> ctypes.CDLL:
         raise PluginError(
             f"{path} was built from other sources than this package. Install core-serve-cpu-kernels again."
         )
-    functions.core_kernels_instruction_set.argtypes = [ctypes.c_char_p]
-    functions.core_kernels_instruction_set.restype = ctypes.c_void_p
-    functions.core_kernels_name.argtypes = [ctypes.c_void_p]
-    functions.core_kernels_name.restype = ctypes.c_char_p
-    functions.core_kernels_make.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    functions.core_kernels_make.restype = ctypes.c_void_p
-    functions.core_kernels_free.argtypes = [ctypes.c_void_p]
-    functions.core_kernels_free.restype = None
-    functions.core_kernels_linear.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    functions.core_kernels_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    for name, (result, *arguments) in _SIGNATURES.items():
+        function = getattr(functions, f"core_kernels_{name}")
+        function.restype, function.argtypes = result, arguments
     functions.core_kernels_threads(*_openmp())
     return functions
 

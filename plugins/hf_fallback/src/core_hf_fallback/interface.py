@@ -140,7 +140,10 @@ class Binding:
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> Tensor:
         """q, k, v [tokens, heads, dim] -> [tokens, heads, v_dim]."""
-        name = self.name_of(module)
+        return self.attend_as(self.name_of(module), module, q, k, v, args)
+
+    def attend_as(self, name: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> Tensor:
+        """`attend` for a module of a known name."""
         occurrence = self._calls.get(name, 0)
         self._calls[name] = occurrence + 1
         if self.recording:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from core.contracts import Checkpoint, Model, Refusal
-from core.layers import pack_linears
+from core.layers import pack_linears, take_kernels
 from core.layers.embedding import Head, make_room
 from core.layers.linear import Linear, Loader, MergedLinear
 from core.model_loader import BuildContext
@@ -32,6 +32,8 @@ def load(config: LlamaConfig, checkpoint: Checkpoint, context: BuildContext) -> 
     if config.tied:
         model.head.tie(model.embedding)  # a quantized embedding took the place of the one that was tied
     pack_linears(model, kinds=(Linear, MergedLinear, Head), kernels=context.kernels)
+    if context.kernels is not None:
+        take_kernels(model, context.kernels)
     return model.eval()
 
 

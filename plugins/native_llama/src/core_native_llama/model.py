@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from core.batch import Batch
 from core.contracts import AttentionArgs, KVSpec, ModelFeatures
-from core.layers import Attention, Embedding, GatedMLP, Head, Linear, MergedLinear, RMSNorm, Rotary, apply_rotary
+from core.layers import Attention, Embedding, GatedMLP, Head, Linear, MergedLinear, RMSNorm, Rotary
 from core.reach import Reach
 from core_native_llama.config import LlamaConfig
 
@@ -22,9 +22,9 @@ Rotation = tuple[Tensor, Tensor]  # cos, sin: [tokens, 1, head_dim]
 class SelfAttention(nn.Module):
     """Merged Q, K, V; optional norms of Q and K by head (Qwen3); rotary; attention; output."""
 
-    def __init__(self, config: LlamaConfig, layer: int, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, config: LlamaConfig, layer: int, dtype: torch.dtype, device: str, rotary: Rotary) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.rotary = config, rotary
         self.q_size, self.kv_size = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.qkv = MergedLinear(config.hidden, [self.q_size, self.kv_size, self.kv_size], config.qkv_bias, dtype)
         self.output = Linear(self.q_size, config.hidden, config.output_bias, dtype)
@@ -48,23 +48,23 @@ class SelfAttention(nn.Module):
         q, k, v = q.view(len(x), -1, dim), k.view(len(x), -1, dim), v.view(len(x), -1, dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rotary(q, *rotation), apply_rotary(k, *rotation)
+        q, k = self.rotary.rotate(q, rotation), self.rotary.rotate(k, rotation)
         out: Tensor = self.output(self.attention(q, k, v, batch).reshape(len(x), -1))
         return out
 
 
 class Layer(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, config: LlamaConfig, layer: int, dtype: torch.dtype, device: str, rotary: Rotary) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden, config.eps, dtype)
-        self.attention = SelfAttention(config, layer, dtype, device)
+        self.attention = SelfAttention(config, layer, dtype, device, rotary)
         self.mlp_norm = RMSNorm(config.hidden, config.eps, dtype)
         self.mlp = GatedMLP(config.hidden, config.inner, config.mlp_bias, dtype)
 
     def forward(self, x: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, batch)
-        out: Tensor = x + self.mlp(self.mlp_norm(x))
-        return out
+        """Add to x [tokens, hidden], in place, what attention and the feed-forward block make of it."""
+        attended = self.attention(self.attention_norm(x), rotation, batch)
+        return x.add_(self.mlp(self.mlp_norm.add(attended, x)))
 
 
 class LlamaModel(nn.Module):
@@ -76,12 +76,13 @@ class LlamaModel(nn.Module):
         super().__init__()
         self.config, self.dtype, self.vocab_size = config, dtype, config.vocab
         self.embedding = Embedding(config.vocab, config.hidden, dtype)
-        self.layers = nn.ModuleList(Layer(config, layer, dtype, str(device)) for layer in range(config.layers))
+        self.rotary = Rotary(config.head_dim, config.max_positions, config.rope, device)
+        layers = range(config.layers)
+        self.layers = nn.ModuleList(Layer(config, layer, dtype, str(device), self.rotary) for layer in layers)
         self.norm = RMSNorm(config.hidden, config.eps, dtype)
         self.head = Head(config.hidden, 0 if config.tied else config.vocab, False, dtype)
         if config.tied:
             self.head.tie(self.embedding)
-        self.rotary = Rotary(config.head_dim, config.max_positions, config.rope, device)
         self.features = ModelFeatures(prefix_caching=not self.rotary.depends_on_length)
 
     def kv_specs(self) -> Sequence[KVSpec]:

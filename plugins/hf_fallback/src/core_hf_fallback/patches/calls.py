@@ -1,4 +1,4 @@
-"""Which linears one forward calls, how often, and which of them with the very same input."""
+"""What the parts of a module are given in one forward: which linears share an input, what blocks make of theirs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,24 @@ import torch
 from torch import Tensor, nn
 
 
+@dataclass(frozen=True)
+class BlockCall:
+    """One call of a module that holds others."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+    def argument(self, name: str) -> Any:
+        """Return a keyword argument, or the only positional one: what a block works on comes first."""
+        return self.args[0] if name not in self.kwargs and len(self.args) == 1 else self.kwargs.get(name)
+
+
 @dataclass
 class LinearCalls:
-    """What the hooks saw. Linears are known by their paths, which outlive their replacement by packed ones."""
+    """What the hooks saw. Modules are known by their paths, which outlive the replacement of linears by packed ones."""
+
+    blocks: dict[str, list[BlockCall]] = field(default_factory=dict)  # by path
 
     counts: dict[str, int] = field(default_factory=dict)  # calls by path; only the linears that are called
     inputs: list[tuple[Tensor, Tensor, list[str]]] = field(default_factory=list)  # tensor, its copy, who was given it
@@ -50,8 +65,16 @@ def linear_calls(module: nn.Module) -> Iterator[LinearCalls]:
     def hook(path: str) -> Any:
         return lambda _, arguments: found.note(path, arguments)
 
+    def block_hook(path: str) -> Any:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            found.blocks.setdefault(path, []).append(BlockCall(args, kwargs, output))
+
+        return note
+
     linears = [(path, part) for path, part in module.named_modules() if type(part) is nn.Linear]
     handles = [part.register_forward_pre_hook(hook(path)) for path, part in linears]
+    blocks = [(path, part) for path, part in module.named_modules() if path and part._modules]
+    handles += [part.register_forward_hook(block_hook(path), with_kwargs=True) for path, part in blocks]
     try:
         yield found
     finally:

@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 from torch import nn
 
+from core.contracts import Kernels
 from core_hf_fallback.patches.calls import LinearCalls
 
 
-def enter_children(module: nn.Module, _: LinearCalls) -> list[Callable[[], None]]:
+def enter_children(module: nn.Module, _: LinearCalls, __: Kernels | None) -> list[Callable[[], None]]:
     """Enter the children of every module that has any; return how to undo each."""
     return [_enter(part) for part in module.modules() if part._modules]
 

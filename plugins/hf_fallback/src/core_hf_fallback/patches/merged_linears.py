@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from core.contracts import Kernels
+from core.layers import QuantizedTensor
 from core_hf_fallback.patches.calls import LinearCalls
 
 
@@ -99,14 +101,14 @@ class Part(nn.Module):
         return self.last.put(self.index, x, torch.split_with_sizes(product, self.merged.sizes, -1))
 
 
-def merge_linears(module: nn.Module, calls: LinearCalls) -> list[Callable[[], None]]:
+def merge_linears(module: nn.Module, calls: LinearCalls, _: Kernels | None) -> list[Callable[[], None]]:
     """Merge every group that can be; return how to undo each."""
     shared = _shared(module)
     undo = []
     for paths in calls.siblings():
         parts = [module.get_submodule(path) for path in paths]
         plain = [part for part in parts if type(part) is nn.Linear and _can_merge(part, shared)]
-        if len(plain) == len(parts) and len({_kind(part) for part in plain}) == 1:
+        if len(plain) == len(parts) and _join(plain):
             undo.append(_merge(module, paths, plain))
     return undo
 
@@ -147,7 +149,17 @@ def _can_merge(part: nn.Linear, shared: set[int]) -> bool:
     if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
         return False
     held = (part, *part._parameters.values())
-    return not any(id(one) in shared for one in held) and type(part.weight) is nn.Parameter
+    if any(id(one) in shared for one in held):
+        return False
+    return type(part.weight) is nn.Parameter or isinstance(part.weight, QuantizedTensor)
+
+
+def _join(parts: Sequence[nn.Linear]) -> bool:
+    """True if the weights can stand in one; quantized ones have to share their layout too."""
+    first = parts[0].weight
+    if isinstance(first, QuantizedTensor) and not all(first.joins(part.weight) for part in parts[1:]):
+        return False
+    return len({(*_kind(part), type(part.weight)) for part in parts}) == 1
 
 
 def _kind(part: nn.Linear) -> tuple[object, ...]:

@@ -11,8 +11,11 @@ from torch import nn
 
 from core.contracts import Kernels
 from core.layers import give_kernels, pack_linears, unpack_linears
+from core_hf_fallback.patches.attention_block import fuse_attention
 from core_hf_fallback.patches.calls import LinearCalls
 from core_hf_fallback.patches.child_lookup import enter_children
+from core_hf_fallback.patches.decoder_layer import fuse_layers
+from core_hf_fallback.patches.gated_mlp import fuse_gates
 from core_hf_fallback.patches.merged_linears import Merged, merge_linears
 from core_hf_fallback.patches.rms_norm import fuse_norms
 
@@ -24,13 +27,16 @@ Check = Callable[[], str | None]  # what is wrong, None if nothing is
 @dataclass(frozen=True)
 class Rule:
     name: str
-    apply: Callable[[nn.Module, LinearCalls], Sequence[Undo]]  # one for each place that was changed
+    apply: Callable[[nn.Module, LinearCalls, Kernels | None], Sequence[Undo]]  # one for each place that was changed
     after_packing: bool = True  # False: it makes linears that are to be packed
 
 
 RULES = (
     Rule("merged-linears", merge_linears, after_packing=False),
     Rule("rms-norm", fuse_norms),
+    Rule("gated-mlp", fuse_gates),
+    Rule("attention-block", fuse_attention),
+    Rule("decoder-layer", fuse_layers),
     Rule("child-lookup", enter_children),
 )
 
@@ -89,7 +95,7 @@ class Patcher:
                 self._apply_one(rule)
 
     def _apply_one(self, rule: Rule) -> None:
-        undo = rule.apply(self.module, self.calls)
+        undo = rule.apply(self.module, self.calls, self.kernels)
         self._undo += undo
         if undo:
             self.counts[rule.name] = len(undo)

@@ -10,35 +10,35 @@ import inspect
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.contracts import Kernels
 from core_hf_fallback.patches.calls import LinearCalls
+from core_hf_fallback.patches.operations import Norm
 
-Norm = Callable[[Tensor], Tensor]
 SCALES = (1.0, 30.0, 1e-3)  # of the input that is tried; the smallest is where eps counts
 LARGEST_EPS = 0.1
 
 
-def fuse_norms(module: nn.Module, _: LinearCalls) -> list[Callable[[], None]]:
-    """Replace the forward of every such norm; return how to undo each."""
+def fuse_norms(module: nn.Module, _: LinearCalls, kernels: Kernels | None) -> list[Callable[[], None]]:
+    """Replace the forward of every such norm by a `Norm`; return how to undo each."""
     undo = []
     for part in module.modules():
-        made = recognise(part)
+        made = recognise(part, kernels)
         if made is not None:
             part.forward = made  # type: ignore[method-assign]
             undo.append(lambda part=part: delattr(part, "forward"))
     return undo
 
 
-def recognise(part: nn.Module) -> Norm | None:
+def recognise(part: nn.Module, kernels: Kernels | None = None) -> Norm | None:
     """Return the quicker form of a module that computes RMSNorm in float32, None for any other module."""
     weight = _only_weight(part)
     if weight is None or type(part).__module__.startswith("torch.") or not _takes_one_argument(part):
         return None
     for eps in sorted({value for value in vars(part).values() if isinstance(value, float) and 0 < value < LARGEST_EPS}):
         for scale in (weight.detach(), 1 + weight.detach()):
-            made = _norm(scale, eps, part.forward)
+            made = Norm(scale, eps, part.forward, kernels)
             if _same(part.forward, made, scale):
                 return made
     return None
@@ -58,24 +58,8 @@ def _takes_one_argument(part: nn.Module) -> bool:
     return len(parameters) == 1 and parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
-def _norm(scale: Tensor, eps: float, plain: Norm) -> Norm:
-    """`scale` [size] float32; the module's own forward stays for other dtypes."""
-    size = len(scale)
-    floor = torch.full((1,), eps, device=scale.device)
-
-    def forward(x: Tensor) -> Tensor:
-        if x.dtype is not torch.float32:
-            return plain(x)
-        if x.is_cuda:
-            return F.rms_norm(x, (size,), scale, eps)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return (x * torch.addcmul(floor, length, length, value=1 / size).rsqrt_()).mul_(scale)
-
-    return forward
-
-
 @torch.inference_mode()
-def _same(plain: Norm, made: Norm, scale: Tensor) -> bool:
+def _same(plain: Callable[[Tensor], Tensor], made: Norm, scale: Tensor) -> bool:
     generator = torch.Generator().manual_seed(0)
     for spread in SCALES:
         x = (torch.randn(2, 3, len(scale), generator=generator) * spread).to(scale.device)

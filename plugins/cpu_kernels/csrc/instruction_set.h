@@ -1,0 +1,15 @@
+// The code of one instruction set, as library.cpp chooses it.
+#pragma once
+
+#include "elementwise_calls.h"
+#include "weight.h"
+
+namespace core_kernels {
+
+struct InstructionSet {
+    const char* name;
+    const Packing* (*find)(int32_t packing);  // null: none
+    Elementwise elementwise;
+};
+
+}  // namespace core_kernels

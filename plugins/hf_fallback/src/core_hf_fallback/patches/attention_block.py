@@ -1,0 +1,160 @@
+"""attention-block: the projections, norms by head, rotation and output around an attention call, in few calls.
+
+    q, k, v = projections(x);  q, k = norm(q), norm(k);  q, k = rotated(q), rotated(k);  output(attend(q, k, v))
+
+A block is known by its children, three linears and an output, two norms or none, and by what it handed to attention and
+answered in the recording forward. A call that is not like the recorded one goes through the block's own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.contracts import Kernels
+from core_hf_fallback.interface import ATTRIBUTE, BOOKKEEPING, Binding, Call
+from core_hf_fallback.patches.calls import BlockCall, LinearCalls
+from core_hf_fallback.patches.operations import Norm, rotation
+from core_hf_fallback.patches.shapes import is_hooked, linears_of, others_of, same, together
+
+GIVEN = frozenset({"hidden_states", "position_embeddings", "attention_mask", "past_key_values"})
+Projections = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # x [1, tokens, in] -> q, k, v [1, tokens, heads * dim]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the block is made of."""
+
+    project: Projections
+    norms: tuple[Norm, Norm] | None  # of Q and of K, by head
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    output: Callable[[Tensor], Tensor]
+    dim: int
+
+    def heads(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x [1, tokens, in] -> q, k, v [tokens, heads, dim], as attention is given them."""
+        tokens, dim = x.shape[1], self.dim
+        q, k, v = (part.view(tokens, -1, dim) for part in self.project(x))
+        if self.norms is not None:
+            q, k = self.norms[0](q), self.norms[1](k)
+        cos, sin = (angle.view(tokens, 1, dim) for angle in angles)
+        return self.rotate(q, cos, sin), self.rotate(k, cos, sin), v
+
+
+def fuse_attention(module: nn.Module, calls: LinearCalls, kernels: Kernels | None) -> list[Callable[[], None]]:
+    """Replace the forward of every such block; return how to undo each."""
+    undo = []
+    for path, found in calls.blocks.items():
+        block = module.get_submodule(path)
+        made = None if len(found) != 1 or "forward" in vars(block) else recognise(block, found[0], kernels)
+        if made is not None:
+            block.forward = made  # type: ignore[method-assign]
+            undo.append(lambda block=block: delattr(block, "forward"))
+    return undo
+
+
+@torch.inference_mode()
+def recognise(block: nn.Module, call: BlockCall, kernels: Kernels | None) -> Callable[..., Any] | None:
+    """Return the quicker form of a block that did in the recording forward what the formula does; else None."""
+    recorded = _recorded(block)
+    if recorded is None or is_hooked(block) or call.args or block._parameters:
+        return None
+    x, angles = call.kwargs.get("hidden_states"), call.kwargs.get("position_embeddings")
+    if not _plain_call(call) or not isinstance(x, Tensor) or x.dtype != torch.float32 or not _are_angles(angles, x):
+        return None
+    parts = _parts(block, recorded, kernels)
+    if parts is None or any(angle.numel() != x.shape[1] * parts.dim for angle in angles):
+        return None
+    found = parts.heads(x, angles)
+    if not all(same(one, wanted) for one, wanted in zip(found, (recorded.q, recorded.k, recorded.v), strict=True)):
+        return None
+    if not isinstance(call.output, tuple) or len(call.output) != 2 or call.output[1] is not None:
+        return None
+    if not same(parts.output(recorded.out.reshape(1, len(recorded.out), -1)), call.output[0]):
+        return None
+    return _attention(block, parts, recorded, call)
+
+
+def _attention(block: nn.Module, parts: Parts, recorded: Call, call: BlockCall) -> Callable[..., Any]:
+    binding, plain = _binding(block), block.forward
+    further = call.kwargs.keys() - GIVEN
+    name, args, mask = binding.name_of(block), recorded.args, call.kwargs.get("attention_mask")
+
+    def forward(
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        usual = attention_mask is mask and past_key_values is None and others.keys() == further
+        if not usual or position_embeddings is None or hidden_states.dtype is not torch.float32 or binding.recording:
+            answer: tuple[Tensor, None] = plain(
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **others,
+            )
+            return answer
+        q, k, v = parts.heads(hidden_states, position_embeddings)
+        out = binding.attend_as(name, block, q, k, v, args)
+        return parts.output(out.reshape(1, len(out), -1)), None
+
+    return forward
+
+
+def _binding(block: nn.Module) -> Binding:
+    binding: Binding = getattr(block, ATTRIBUTE)
+    return binding
+
+
+def _recorded(block: nn.Module) -> Call | None:
+    """Return the only attention call of a block, if there was one."""
+    binding = getattr(block, ATTRIBUTE, None)
+    if binding is None:
+        return None
+    name = binding.name_of(block)
+    layer = binding.layers.get((name, 0))
+    once = layer is not None and (name, 1) not in binding.layers and layer < len(binding.recorded)
+    found: Call | None = binding.recorded[layer] if once else None
+    return found
+
+
+def _plain_call(call: BlockCall) -> bool:
+    """True if nothing was said that could matter beside what a quicker form is given."""
+    return call.kwargs.get("past_key_values") is None and call.kwargs.keys() <= GIVEN | BOOKKEEPING
+
+
+def _are_angles(angles: Any, x: Tensor) -> bool:
+    pair = isinstance(angles, (tuple, list)) and len(angles) == 2 and all(isinstance(angle, Tensor) for angle in angles)
+    return pair and all(angle.dtype == x.dtype and angle.is_contiguous() for angle in angles)
+
+
+def _parts(block: nn.Module, recorded: Call, kernels: Kernels | None) -> Parts | None:
+    linears = [part for _, part in linears_of(block)]
+    norms = [vars(other).get("forward") for other in others_of(block) if list(other.parameters())]
+    dim = recorded.q.shape[-1]
+    by_head = [norm for norm in norms if isinstance(norm, Norm) and norm.size == dim]
+    if len(linears) != 4 or len(norms) not in (0, 2) or len(by_head) != len(norms) or recorded.v.shape[-1] != dim:
+        return None
+    sizes = [part.shape[1] * dim for part in (recorded.q, recorded.k, recorded.v)]
+    project = _projections(linears[:3], sizes)
+    if project is None:
+        return None
+    pair = (by_head[0], by_head[1]) if by_head else None
+    return Parts(project, pair, rotation(kernels), linears[3].forward, dim)
+
+
+def _projections(parts: list[nn.Module], sizes: list[int]) -> Projections | None:
+    if [part.out_features for part in parts] != sizes:
+        return None
+    product = together(parts)
+    if product is not None:
+        return lambda x: torch.split_with_sizes(product(x), sizes, -1)  # type: ignore[return-value]
+    first, second, third = (part.forward for part in parts)
+    return lambda x: (first(x), second(x), third(x))

@@ -1,0 +1,50 @@
+"""What a patched block is made of: its linears, one by one or merged, and how near two results are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from core.layers.linear import KernelLinear, PackedLinear, SharedLinear
+from core.layers.quantized import QuantizedLinear
+from core_hf_fallback.patches.merged_linears import Part
+
+LINEARS = (nn.Linear, PackedLinear, KernelLinear, QuantizedLinear, SharedLinear, Part)
+
+
+def linears_of(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the children that are linears, as they were declared, if they stand in no other place of the block."""
+    return [(name, child) for name, child in block.named_children() if type(child) in LINEARS]
+
+
+def others_of(block: nn.Module) -> list[nn.Module]:
+    return [child for child in block.children() if type(child) not in LINEARS]
+
+
+def together(parts: Sequence[nn.Module]) -> Callable[[Tensor], Tensor] | None:
+    """Return the product x [..., in] -> [..., sum of out] that just these parts were merged into; else None."""
+    first = parts[0]
+    if not all(type(part) is Part for part in parts):
+        return None
+    assert isinstance(first, Part)
+    merged = first.__dict__["merged"]
+    whole = [part.index for part in parts if isinstance(part, Part) and part.__dict__["merged"] is merged]
+    if whole != list(range(len(merged.sizes))):
+        return None
+    product: Callable[[Tensor], Tensor] = merged.linear.forward
+    return product
+
+
+def is_hooked(block: nn.Module) -> bool:
+    """True if somebody looks at or has changed any part of a block."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in block.modules())
+
+
+def same(found: Tensor, wanted: object) -> bool:
+    """True if two results differ by no more than the order of additions explains."""
+    if not isinstance(wanted, Tensor) or found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return False
+    scale = float(wanted.abs().max()) if wanted.numel() else 0.0
+    return torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * max(scale, 1e-6))
