@@ -11,7 +11,7 @@ from torch import nn
 
 from core.bench.costs import all_modules
 from core.engine import Engine
-from core.layers import Rotary
+from core.layers import RMSNorm, Rotary
 
 SCHEDULE, BATCH, LINEARS, ATTENTION = "schedule", "batch and plan", "linears", "attention"
 SMALL, SAMPLING, EMIT = "norm, rotary, activation", "sampling", "detokenize and emit"
@@ -53,6 +53,10 @@ def _model_hooks(engine: Engine) -> Iterator[Hook]:
         part = _part_of(module, host_attends)
         if part is not None:
             yield Hook(module, "forward", part)
+        if isinstance(module, RMSNorm):
+            yield Hook(module, "add", SMALL)
+        elif isinstance(module, Rotary):
+            yield Hook(module, "rotate", SMALL)
 
 
 def _part_of(module: nn.Module, host_attends: bool) -> str | None:
@@ -69,7 +73,6 @@ def _part_of(module: nn.Module, host_attends: bool) -> str | None:
 
 def _rotary_hooks(engine: Engine) -> Iterator[Hook]:
     """Functions that rotate are no modules: they are found by name beside the classes of the model's modules."""
-    yield Hook(Rotary, "__call__", SMALL)
     for home in {type(module).__module__ for module in all_modules(engine.model)}:
         for name, value in vars(sys.modules[home]).items():
             if name.startswith("apply_rotary") and callable(value):
