@@ -17,7 +17,7 @@ OLDEST_PLUGINS := -e plugins/hf_fallback -e plugins/native_llama
 OLDEST_MODELS := llama,gemma3_text,gpt2,bert,mixtral,deepseek_v3,opt,bamba,mamba2,falcon,lfm2,bart,qwen3_next,xlnet,reformer
 SURVEY := core-serve supported-models --jobs $(JOBS)
 EDITABLE := $(foreach project,$(PROJECTS),-e '$(patsubst %/pyproject.toml,%,$(project))[dev]')
-SOURCES := core tests plugins
+SOURCES := core tests plugins bench
 
 .PHONY: serve test test-grid test-real test-oldest conformance supported-models check fix docs bench
 
@@ -62,7 +62,6 @@ docs: $(READY)
 	$(BIN)/cog -r docs/cli.md
 
 bench: $(READY)
-	@test -f bench/run.py || { echo "make bench: there is no bench/run.py yet."; exit 1; }
 	$(BIN)/python bench/run.py $(ARGS)
 
 # torch goes first and alone: resolved together with the rest, pip may look at several builds of some GB.

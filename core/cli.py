@@ -13,6 +13,7 @@ import click
 from click.core import ParameterSource
 
 import core
+from core.commands.bench import bench
 from core.commands.chat import chat
 from core.commands.eval_quant import eval_quant
 from core.commands.explain import explain
@@ -38,6 +39,7 @@ COMMANDS: tuple[click.Command, ...] = (
     eval_quant,
     supported_models,
     kernels,
+    bench,
 )
 
 

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 MAX_WEIGHTS = 20_000_000
 
 
-def tiny_checkpoint(model_type: str, folder: str | Path, **overrides: Any) -> Path:
+def tiny_checkpoint(model_type: str, folder: str | Path, max_weights: int = MAX_WEIGHTS, **overrides: Any) -> Path:
     """Save a small random model of one of transformers' causal architectures, as a Hugging Face folder.
 
     `core.testing_configs` shrinks its default config; `overrides` are entries of config.json that win over that, for
     architectures whose sizes it does not know. No tokenizer; no token ends a text. Every weight is random,
     biases, norms and sinks too, so that none can be dropped unnoticed. The same arguments give the same weights.
+    More than `max_weights` are refused, before they take memory.
     Raises ConfigError, with transformers' own words, for what it cannot build.
     """
     import torch
@@ -37,7 +38,7 @@ def tiny_checkpoint(model_type: str, folder: str | Path, **overrides: Any) -> Pa
     with _explained(model_type):
         config = tiny_config(model_type, **overrides)
         size = _count_weights(model_class, config)
-    _check_size(model_type, size)
+    _check_size(model_type, size, max_weights)
     with torch.random.fork_rng(devices=[]), _explained(model_type):
         torch.manual_seed(0)
         model = model_class._from_config(config, dtype=torch.float32)
@@ -106,11 +107,11 @@ def packed_checkpoint(
     return folder
 
 
-def _check_size(model_type: str, size: int) -> None:
+def _check_size(model_type: str, size: int, most: int) -> None:
     """Refuse a model that stayed large, before it takes memory: mostly one with towers for images or sound."""
-    if size > MAX_WEIGHTS:
+    if size > most:
         raise ConfigError(
-            f"{model_type!r} has {size:,} weights even when shrunk; tiny is {MAX_WEIGHTS:,} at most. Shrink the rest "
+            f"{model_type!r} has {size:,} weights even when shrunk; tiny is {most:,} at most. Shrink the rest "
             "by `overrides`, or take the model type of its text part."
         )
 

@@ -49,6 +49,7 @@ LAYERS = [
     {"eval_quant", "eval_quant_report"},
     {"supported_check", "supported_models", "supported_page", "supported_results"},
     {"server"},
+    {"bench"},
     {"cli", "commands"},
 ]
 ROW = {name: index for index, names in enumerate(LAYERS) for name in names}

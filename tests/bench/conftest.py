@@ -1,0 +1,47 @@
+"""A tiny random Llama, and an engine of it."""
+
+import pytest
+
+from core.config import EngineConfig
+from core.engine_build import build_engine
+from core.plugins import PluginHost
+from core.testing import VOCAB, tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("bench"), max_position_embeddings=512)
+
+
+@pytest.fixture(scope="session")
+def speaking(tmp_path_factory):
+    """The same with a tokenizer whose words are letters."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    where = tiny_checkpoint("llama", tmp_path_factory.mktemp("speaking"), max_position_embeddings=512)
+    letters = Tokenizer(models.WordLevel({chr(code): code - 32 for code in range(32, 32 + VOCAB)}, unk_token=" "))
+    letters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=letters, unk_token=" ").save_pretrained(where)
+    return where
+
+
+@pytest.fixture(scope="session")
+def host():
+    return PluginHost.load()
+
+
+@pytest.fixture(scope="session")
+def make_engine(folder, host):
+    """Return a function that builds an engine without a tokenizer."""
+
+    def make(path=folder, **options):
+        config = EngineConfig.from_options(model=str(path), skip_tokenizer_init=True, device="cpu", **options)
+        return build_engine(config, host)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def engine(make_engine):
+    return make_engine()
