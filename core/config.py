@@ -18,7 +18,7 @@ class EngineConfig:
 
     model: str | None = None  # folder or file; None = the embedded demo model
     model_impl: str = "auto"  # auto, native, transformers, or the name of an implementation
-    dtype: str = "auto"  # auto = float32 on CPU, the checkpoint's on GPU
+    dtype: str = "auto"  # auto = float32 on CPU; on GPU the checkpoint's half type, else bfloat16
     device: str = "auto"  # auto = cuda when there is one, else cpu
     quantization: str | None = None
     attention_backend: str | None = None  # None = CORE_ATTENTION_BACKEND, else the highest bid
@@ -34,8 +34,10 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     block_size: int = 16  # tokens in a KV block
     num_blocks: int | None = None  # KV blocks; None = from kv_cache_memory
-    kv_cache_memory: int = 2 * 1024**3  # bytes for K/V at the most
+    kv_cache_memory: int | None = None  # bytes for K/V at the most; None = 2 GiB on CPU, mem_fraction_static on GPU
+    mem_fraction_static: float | None = None  # of a GPU's memory, for weights and K/V; None = 0.88
     kv_cache_dtype: str = "auto"  # of K/V in the cache; auto = what the model computes in
+    enable_cuda_graph: bool = True  # decode steps as graphs, where device, model and backend can
     tensor_parallel_size: int = 1
     seed: int = 0  # for requests that give none
     disable_plugins: tuple[str, ...] = ()
@@ -51,13 +53,18 @@ class EngineConfig:
             raise ConfigError(f"kv_cache_dtype {self.kv_cache_dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
         if self.tensor_parallel_size != 1:
             raise ConfigError("tensor_parallel_size above 1 is not supported yet; leave it at 1.")
-        positive = ("max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "block_size", "kv_cache_memory")
-        for name in (*positive, "max_model_len", "num_blocks", "num_threads"):
+        positive = ("max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "block_size")
+        for name in (*positive, "kv_cache_memory", "max_model_len", "num_blocks", "num_threads"):
             value = getattr(self, name)
             if value is None and name not in positive:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
+        fraction = self.mem_fraction_static
+        if fraction is not None and not 0 < fraction < 1:
+            raise ConfigError(f"mem_fraction_static must lie between 0 and 1, got {fraction!r}.")
+        if fraction is not None and self.kv_cache_memory is not None:
+            raise ConfigError("mem_fraction_static and kv_cache_memory both size the K/V memory; give one of them.")
         for name in ("disable_plugins", "disable_patches", "prefer"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))

@@ -148,6 +148,22 @@ class AttentionBackend(Protocol):
         ...
 
 
+@runtime_checkable
+class StagedAttention(AttentionBackend, Protocol):
+    """A backend whose plan is tensors that travel with a step's other inputs; its decode steps can be captured."""
+
+    def stage(self, query_starts: Sequence[int], context_lens: Sequence[int]) -> Sequence[Tensor]:
+        """Return what a step's plan needs, on the host; for decode steps of as many requests, of the same shapes."""
+        ...
+
+    def plan_staged(self, batch: Batch, staged: Sequence[Tensor]) -> None:
+        """Do what `plan` does with `stage`'s tensors, on the device; copies nothing.
+
+        In a captured step `batch.context_lens` are upper bounds: what they are lies in the tensors alone.
+        """
+        ...
+
+
 # ---------------------------------------------------------------------------------------------- models
 
 
@@ -158,6 +174,7 @@ class ModelFeatures:
     chunked_prefill: bool = True  # False: a prompt is run whole, in one step
     prefix_caching: bool = True  # False: there is state that blocks do not hold, or K depends on the text's length
     patches: tuple[str, ...] = ()  # what was changed in somebody else's module to make it faster; shown to the user
+    captures_decode: bool = False  # True: of a decode step it reads tensors alone, so a graph of one serves the next
     restart_after: int | None = None  # a text that grows past so many tokens is computed anew from its first token
 
 

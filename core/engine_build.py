@@ -12,10 +12,12 @@ from core.blocks import BlockPool
 from core.choice import Choice, explain_text
 from core.config import EngineConfig
 from core.contracts import AttentionBackend, Checkpoint, KVSpec, Model, QuantMethod, Refusal, Tokenizer
+from core.decode_graphs import Sizes
+from core.device import device_module
 from core.engine import Engine
 from core.engine_info import EngineInfo
 from core.errors import ConfigError, CoreError
-from core.kv_memory import size_memory
+from core.kv_memory import kv_bytes, size_memory
 from core.memory import give_back
 from core.model_loader import BuildAttempt, BuildContext, build_model
 from core.plugins import PluginHost
@@ -119,9 +121,10 @@ def choose_device(name: str) -> str:
 
 
 def choose_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
-    """float32 on a CPU, where half types are slow and less exact; elsewhere the checkpoint's own."""
+    """float32 on a CPU, where half types are slow and less exact; elsewhere the checkpoint's half type or bfloat16."""
     if name == "auto":
-        name = "float32" if device.type == "cpu" else (spec.torch_dtype or "bfloat16")
+        half = "float16" if (spec.torch_dtype or "").removeprefix("torch.") == "float16" else "bfloat16"
+        name = "float32" if device.type == "cpu" else half
     found = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(found, torch.dtype):
         raise ConfigError(f"The checkpoint's dtype {name!r} is no torch dtype; choose one with --dtype.")
@@ -141,7 +144,8 @@ def _assemble(
     specs = cache_specs(model, config.kv_cache_dtype)
     chunked = model.features.chunked_prefill
     step = config.max_num_batched_tokens if chunked else max(config.max_num_batched_tokens, max_model_len)
-    memory = size_memory(config, specs, max_model_len, step)
+    device = device_module(context.device)
+    memory = size_memory(config, specs, max_model_len, step, kv_bytes(config, device))
     max_model_len = min(max_model_len, memory.num_blocks * config.block_size)  # no request can be longer than the pool
     attention = context.make_attention()
     if specs:
@@ -187,10 +191,11 @@ def _assemble(
     )  # fmt: skip
     for reach, blocks in memory.windows.items():
         logger.info("layers of %s: %d blocks; what lies further back is given back", reach, blocks)
-    runner = Runner(model, attention, config.block_size, context.device, tuple(memory.windows))
+    graph_sizes = Sizes(config.max_num_seqs, max_model_len, config.block_size) if config.enable_cuda_graph else None
+    runner = Runner(model, attention, config.block_size, device, tuple(memory.windows), graph_sizes)
     pools = memory.pools(config.block_size)
     scheduler = Scheduler(BlockPool(memory.num_blocks, config.block_size), limits, pools)
-    sampler = Sampler(model.vocab_size, eos, context.device)
+    sampler = Sampler(model.vocab_size, eos, device)
     return Engine(info, config, host, runner, scheduler, sampler, tokenizer, eos)
 
 

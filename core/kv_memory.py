@@ -8,11 +8,14 @@ from dataclasses import dataclass
 
 from core.config import EngineConfig
 from core.contracts import KVSpec
+from core.device import DeviceModule
 from core.errors import ConfigError
 from core.reach import Reach
 from core.window_blocks import WindowPool, most_blocks
 
 logger = logging.getLogger("core_serve")
+HOST_BYTES = 2 * 1024**3  # for K/V on a CPU, where nothing else is asked for
+DEFAULT_FRACTION = 0.88  # of a GPU's memory
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,33 @@ class KVMemory:
         return [WindowPool(reach, count, block_size) for reach, count in self.windows.items()]
 
 
-def size_memory(config: EngineConfig, specs: Sequence[KVSpec], max_model_len: int, tokens_a_step: int) -> KVMemory:
-    """Choose the sizes for a model. Raises ConfigError if not even one block fits into `kv_cache_memory`.
+def kv_bytes(config: EngineConfig, device: DeviceModule) -> int:
+    """Return the bytes that K/V may take, once the weights are loaded. Raises ConfigError if there are none.
+
+    On a GPU weights and K/V take `mem_fraction_static` of the memory; the rest is for a step's own tensors.
+    """
+    if config.kv_cache_memory is not None:
+        return config.kv_cache_memory
+    if not device.stages:
+        if config.mem_fraction_static is not None:
+            raise ConfigError("mem_fraction_static is for GPUs; on a CPU size the K/V memory with --kv-cache-memory.")
+        return HOST_BYTES
+    free, total = device.memory()
+    fraction = config.mem_fraction_static or DEFAULT_FRACTION
+    left = free - round(total * (1 - fraction))
+    if left <= 0:
+        raise ConfigError(
+            f"{total - free} of the device's {total} bytes are taken, by weights and by others, and "
+            f"mem_fraction_static {fraction} leaves none for K/V. Give a larger --mem-fraction-static, or a smaller "
+            "model."
+        )
+    return left
+
+
+def size_memory(
+    config: EngineConfig, specs: Sequence[KVSpec], max_model_len: int, tokens_a_step: int, memory: int
+) -> KVMemory:
+    """Choose the sizes for a model. Raises ConfigError if not even one block fits into `memory` bytes.
 
     `tokens_a_step`: the most tokens that a step may add to the cache.
     """
@@ -40,10 +68,10 @@ def size_memory(config: EngineConfig, specs: Sequence[KVSpec], max_model_len: in
     sizes = _Sizes(config, specs, tokens_a_step)
     if config.num_blocks is not None:
         return sizes.memory(config.num_blocks)
-    held = sizes.most_that_fit(usable, config.kv_cache_memory)
+    held = sizes.most_that_fit(usable, memory)
     if held < 1:
         raise ConfigError(
-            f"kv_cache_memory of {config.kv_cache_memory} bytes does not hold one block of {config.block_size} tokens "
+            f"kv_cache_memory of {memory} bytes does not hold one block of {config.block_size} tokens "
             f"({sizes.bytes(1)} bytes). Give more with --kv-cache-memory."
         )
     if held < per_request:

@@ -1,4 +1,8 @@
-"""Runner: scheduled tokens -> Batch -> model -> logits. Knows tensors and the model, not the policy."""
+"""Runner: scheduled tokens -> Batch -> model -> logits. Knows tensors and the model, not the policy.
+
+A batch is made on the host. A CPU runs it as it is; for another device its tensors are copied in one piece, or, where
+decode steps are captured, into the buffer of the graph of its size.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,12 @@ import torch
 from torch import Tensor
 
 from core.batch import Batch, Places
-from core.contracts import AttentionBackend, Model
+from core.contracts import AttentionBackend, Model, StagedAttention
+from core.decode_graphs import DecodeGraphs, Sizes
+from core.device import DeviceModule, device_module
 from core.reach import Reach
 from core.request import ScheduledTokens
+from core.staging import tensors_of, to_device, with_tensors
 
 
 @dataclass(frozen=True)
@@ -30,24 +37,52 @@ class Runner:
         model: Model,
         attention: AttentionBackend | None,
         block_size: int,
-        device: torch.device,
+        device: torch.device | DeviceModule,
         reaches: Sequence[Reach] = (),
+        graph_sizes: Sizes | None = None,
     ) -> None:
-        """`reaches`: what each of a request's window_tables is for."""
-        self.model, self.attention, self.block_size, self.device = model, attention, block_size, device
+        """`reaches`: what each of a request's window_tables is for; `graph_sizes`: None = nothing is captured."""
+        self.model, self.attention, self.block_size = model, attention, block_size
+        self.device = device_module(device) if isinstance(device, torch.device) else device
         self.reaches = tuple(reaches)
         self.has_kv = bool(model.kv_specs())
+        self.graphs = self._graphs(graph_sizes)
+
+    def _graphs(self, sizes: Sizes | None) -> DecodeGraphs | None:
+        """Return None where a step cannot be captured: on a CPU, or if model or backend read more than tensors."""
+        captures = self.device.stages and self.has_kv and self.model.features.captures_decode
+        if sizes is None or not captures or not isinstance(self.attention, StagedAttention):
+            return None
+        return DecodeGraphs(self.model, self.attention, self.device, sizes)
 
     @torch.inference_mode()
     def run(self, entries: Sequence[ScheduledTokens], wants_prompt: set[int]) -> StepLogits:
         """Run `entries`; `wants_prompt` holds the indices of those whose prompt rows are wanted."""
         batch, ranges, last = self._batch(entries, wants_prompt)
+        logits = self._staged_logits(batch) if self.device.stages else self._logits(batch)
+        prompt_rows = {index: logits[start:end] for index, (start, end) in ranges.items()}
+        return StepLogits(logits if len(last) == len(logits) else self._rows_of(logits, last), prompt_rows)
+
+    def _logits(self, batch: Batch) -> Tensor:
         if self.attention is not None and self.has_kv:
             self.attention.plan(batch)
-        logits = self.model.forward(batch)
-        prompt_rows = {index: logits[start:end] for index, (start, end) in ranges.items()}
-        sampled = logits if len(last) == len(logits) else logits[torch.tensor(last, dtype=torch.int64)]
-        return StepLogits(sampled, prompt_rows)
+        return self.model.forward(batch)
+
+    def _staged_logits(self, batch: Batch) -> Tensor:
+        captured = self.graphs.run(batch) if self.graphs is not None else None
+        if captured is not None:
+            return captured
+        if not isinstance(self.attention, StagedAttention) or not self.has_kv:
+            return self._logits(with_tensors(batch, iter(to_device(tensors_of(batch), self.device))))
+        staged = self.attention.stage(batch.query_starts, batch.context_lens)
+        moved = iter(to_device([*tensors_of(batch), *staged], self.device))
+        batch = with_tensors(batch, moved)
+        self.attention.plan_staged(batch, list(moved))
+        return self.model.forward(batch)
+
+    def _rows_of(self, logits: Tensor, rows: list[int]) -> Tensor:
+        index = torch.tensor(rows, dtype=torch.int64)
+        return logits[to_device([index], self.device)[0] if self.device.stages else index]
 
     def _batch(
         self, entries: Sequence[ScheduledTokens], wants_prompt: set[int]
@@ -66,12 +101,12 @@ class Runner:
         }
         batch = Batch(
             scheduled=entries,
-            token_ids=torch.tensor(ids, dtype=torch.int64).to(self.device),
-            positions=positions.to(self.device),
+            token_ids=torch.tensor(ids, dtype=torch.int64),
+            positions=positions,
             everything=self._places([entry.request.block_ids for entry in entries], positions, counts),
             query_starts=starts,
             context_lens=[entry.end for entry in entries],
-            logit_rows=torch.tensor(rows, dtype=torch.int64).to(self.device),
+            logit_rows=torch.tensor(rows, dtype=torch.int64),
             attention=self.attention,
             windows=windows,
         )
@@ -89,8 +124,7 @@ class Runner:
         rows = torch.arange(len(tables)).repeat_interleave(counts)
         slots = padded[rows, positions // self.block_size] * self.block_size + positions % self.block_size
         begun = slots[positions % self.block_size == 0] // self.block_size
-        fresh = begun.to(self.device) if len(begun) else None
-        return Places(slots.to(self.device), padded.to(self.device), fresh)
+        return Places(slots, padded, begun if len(begun) else None)
 
 
 def _logit_rows(

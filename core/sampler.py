@@ -7,7 +7,8 @@ A row goes through these, in this order; what a request does not ask for is skip
 
 Every filter after temperature keeps a prefix of the tokens sorted by logit, ties by lowest id, so the order in which
 equal logits happen to be sorted never shows. A row depends on its own logits, its request and
-`uniform(request.seed, len(request.output_ids))` only: not on the batch, not on preemption.
+`uniform(request.seed, len(request.output_ids))` only: not on the batch, not on preemption. On a GPU a kernel draws, and
+the tokens are all that the host waits for.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from core.contracts import Tokenizer
+from core.device import DeviceModule, HostDevice
 from core.errors import InvalidParameter
 from core.outputs import TokenLogprobs
 from core.request import Request
@@ -46,9 +48,10 @@ class SampledToken:
 class Sampler:
     """Chooses tokens. Keeps what a request needs from step to step until `release`."""
 
-    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int] = (), device: torch.device | str = "cpu") -> None:
+    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int] = (), module: DeviceModule | None = None) -> None:
         self.vocab_size = vocab_size  # width of the logits
-        self.device = torch.device(device)  # where the work is done; logits from elsewhere are moved
+        self.module = module or HostDevice()
+        self.device = self.module.device  # where the work is done; logits from elsewhere are moved
         self._eos = [token for token in eos_token_ids if 0 <= token < vocab_size]
         self._states: dict[str, RowState] = {}
 
@@ -71,6 +74,8 @@ class Sampler:
         logits = logits.to(self.device)
         scores = self._edited(logits, rows)
         best, tokens = scores.max(dim=-1)  # the lowest id of equal ones; NaN if there is one in the row
+        if self.module.stages:
+            return self._results(logits, rows, *self._read(scores, best, tokens, rows))
         finite = best.isfinite().tolist()
         drawn = [row for row, request in enumerate(rows) if finite[row] and not request.params.greedy]
         for filtered in (False, True):
@@ -78,6 +83,17 @@ class Sampler:
             for part in parts_of(group, self.vocab_size):
                 tokens[part] = draw(scores, best, part, [rows[row] for row in part], filtered)
         return self._results(logits, rows, tokens.tolist(), finite)
+
+    def _read(
+        self, scores: Tensor, best: Tensor, tokens: Tensor, rows: Sequence[Request]
+    ) -> tuple[list[int], list[bool]]:
+        """Return each row's token and whether it is one; waits for the device once."""
+        if not all(request.params.greedy for request in rows):
+            from core.sampling.on_device import draw_on_device  # imports Triton
+
+            tokens = draw_on_device(scores, rows, self.module)
+        chosen, finite = self.module.read(torch.stack([tokens, best.isfinite().long()])).tolist()
+        return chosen, [bool(flag) for flag in finite]
 
     def prompt_logprobs(self, logits: Tensor, token_ids: Sequence[int], k: int) -> list[TokenLogprobs]:
         """Return the logprobs of known tokens: logits [rows, vocab] predict token_ids [rows]."""

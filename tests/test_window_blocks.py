@@ -5,8 +5,9 @@ import pytest
 from core.blocks import BlockPool
 from core.config import EngineConfig
 from core.contracts import KVSpec
+from core.device import HostDevice
 from core.errors import ConfigError
-from core.kv_memory import size_memory
+from core.kv_memory import kv_bytes, size_memory
 from core.reach import EVERYTHING, Reach
 from core.request import Request
 from core.sampling_params import SamplingParams
@@ -152,7 +153,8 @@ BLOCK_BYTES = 16 * 16 * 2
 
 
 def sizes(specs, max_model_len=4096, **options):
-    return size_memory(EngineConfig(block_size=16, max_num_seqs=4, **options), specs, max_model_len, tokens_a_step=64)
+    config = EngineConfig(block_size=16, max_num_seqs=4, **options)
+    return size_memory(config, specs, max_model_len, tokens_a_step=64, memory=kv_bytes(config, HostDevice()))
 
 
 def test_windowed_layers_leave_the_memory_to_the_others():

@@ -1,13 +1,14 @@
 """Attention on CUDA and ROCm by our own Triton kernels; on a CPU in Triton's interpreter, to test them without a GPU.
 
 A step's requests with one new token go through paged decode, the others through paged prefill. What Python knows of the
-batch is copied to the device once a step, in one piece, and nothing is read back.
+batch is copied to the device with the step's other inputs, prefill's tiles once more, and nothing is read back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -45,12 +46,19 @@ class TritonAttention:
         self.cache = PagedCache(specs, num_blocks, block_size)
 
     def plan(self, batch: Batch) -> None:
+        staged = self.stage(batch.query_starts, batch.context_lens)
+        self.plan_staged(batch, [tensor.to(batch.token_ids.device) for tensor in staged])
+
+    def stage(self, query_starts: Sequence[int], context_lens: Sequence[int]) -> Sequence[Tensor]:
+        """Return query starts, context lengths and the rows that decode, int32."""
+        decode = [row for row, (start, end) in enumerate(pairwise(query_starts)) if end - start == 1]
+        return [torch.tensor(numbers, dtype=torch.int32) for numbers in (query_starts, context_lens, decode)]
+
+    def plan_staged(self, batch: Batch, staged: Sequence[Tensor]) -> None:
+        starts, contexts, rows = staged
         lens = batch.query_lens
-        decode = [row for row, count in enumerate(lens) if count == 1]
         prefill = [row for row, count in enumerate(lens) if count > 1]
-        numbers = upload([*batch.query_starts, *batch.context_lens, *decode], batch.token_ids.device)
-        starts, contexts, rows = numbers.split([len(lens) + 1, len(lens), len(decode)])
-        longest = max((batch.context_lens[row] for row in decode), default=1)
+        longest = max((batch.context_lens[row] for row, count in enumerate(lens) if count == 1), default=1)
         self._plan = Plan(batch, prefill, starts, contexts, rows, splits_for(longest, SPLIT))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, args: AttentionArgs) -> Tensor:

@@ -80,7 +80,7 @@ def _subject(engine: Engine, config: EngineConfig, host: PluginHost, load: float
         torch_version=torch.__version__,
         load_average=load,
         cores=_cores(),
-        ceilings=measure_ceilings(engine.runner.device, getattr(torch, info.dtype), kernels),
+        ceilings=measure_ceilings(engine.runner.device.device, getattr(torch, info.dtype), kernels),
         costs=model_costs(engine.model, host.open_checkpoint(info.model_path, config).spec.config),
     )
 

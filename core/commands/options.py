@@ -78,7 +78,11 @@ MODEL_PATH = _option(
 
 MODEL_OPTIONS = [
     _option("--model-impl", metavar="NAME", help="auto, native, transformers, or the name of an implementation."),
-    _option("--dtype", type=click.Choice(DTYPES), help="auto is float32 on a CPU and the checkpoint's own on a GPU."),
+    _option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        help="auto is float32 on a CPU; on a GPU the checkpoint's half type, else bfloat16.",
+    ),
     _option("--device", metavar="NAME", help="auto is cuda where there is one, else cpu."),
     _option("--quantization", metavar="NAME", help="Quantization method. Default: the one that the checkpoint names."),
     _option("--attention-backend", metavar="NAME", help="Attention backend. Default: the highest bid."),
@@ -120,9 +124,27 @@ ENGINE_OPTIONS = [
     _option("--page-size", "--block-size", "block_size", type=int, help="Tokens in a KV block."),
     _option("--num-blocks", type=int, help="KV blocks. Default: what --kv-cache-memory holds."),
     _option(
-        "--kv-cache-memory", type=byte_size, show_default=False, metavar="SIZE", help="Memory for K/V. Default: 2GiB."
+        "--kv-cache-memory",
+        type=byte_size,
+        metavar="SIZE",
+        help="Memory for K/V. Default: 2GiB on a CPU, --mem-fraction-static on a GPU.",
+    ),
+    _option(
+        "--mem-fraction-static",
+        "--gpu-memory-utilization",
+        "mem_fraction_static",
+        type=float,
+        metavar="SHARE",
+        help="Share of a GPU's memory for weights and K/V. Default: 0.88.",
     ),
     _option("--kv-cache-dtype", type=click.Choice(DTYPES), help="Of K/V in the cache. auto is the model's own."),
+    _flag(
+        "--disable-cuda-graph",
+        "--enforce-eager",
+        "enable_cuda_graph",
+        flag_value=False,
+        help="Run decode steps kernel by kernel on a GPU.",
+    ),
     _option("--random-seed", "--seed", "seed", type=int, help="For requests that give none."),
     _option("--num-threads", type=int, help="CPU threads of the engine. Default: torch's own choice."),
 ]

@@ -27,18 +27,20 @@ class Tile:
     num_stages: int
 
 
-# By padded width, for each kind of chip and dtype. "wgmma": half types on Hopper and Blackwell, whose tensor cores read
-# shared memory; "mma": half types before, all operands in registers; "amd": half types, 64 KiB of shared memory, warps
-# of 64; "float32": without tensor cores, since their tf32 would not be float32. `core-serve kernels compile` holds
-# them to what the chips have.
+# By padded width, for each kind of chip and dtype. "wgmma": half types on Hopper, whose tensor cores read shared
+# memory; "tcgen05": half types on Blackwell, where 64 keys spill at width 64 and 128 do not; "mma": half types before,
+# all operands in registers; "amd": half types, 64 KiB of shared memory, warps of 64; "float32": without tensor cores,
+# since their tf32 would not be float32. `core-serve kernels compile` holds them to what the chips have.
 PREFILL = {
     "wgmma": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 16, 8, 1)),
+    "tcgen05": (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 16, 8, 1)),
     "mma": (Tile(64, 64, 4, 3), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 16, 8, 1)),
     "amd": (Tile(128, 64, 8, 1), Tile(64, 64, 4, 1), Tile(64, 32, 8, 1), Tile(32, 16, 4, 1)),
     "float32": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
 DECODE = {
     "wgmma": (Tile(16, 128, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 1), Tile(16, 16, 4, 2)),
+    "tcgen05": (Tile(16, 128, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 1), Tile(16, 16, 4, 2)),
     "mma": (Tile(16, 128, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 16, 4, 2)),
     "amd": (Tile(16, 64, 4, 1), Tile(16, 64, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
     "float32": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
@@ -89,7 +91,7 @@ def tile_kind(target: Target) -> str:
     """Return which rows of the tables hold for half types."""
     if target.backend == "hip":
         return "amd"
-    return "wgmma" if int(target.arch) in (90, 100) else "mma"
+    return {90: "wgmma", 100: "tcgen05"}.get(int(target.arch), "mma")
 
 
 def check_paged(kernel: str, q: Tensor, out: Tensor, call: PagedCall, args: AttentionArgs) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -25,6 +26,7 @@ def load(config: LlamaConfig, checkpoint: Checkpoint, context: BuildContext) -> 
         model = LlamaModel(config, context.dtype, context.device)
     if context.quant_method is not None:
         make_room(model, context.device)
+        model.features = replace(model.features, captures_decode=False)  # a format's product may read from the host
     loaders = _loaders(model)
     tensors = weight_stream(checkpoint, context, linears=_linears(loaders))
     needed = (pair for pair in tensors if pair[0] in loaders or context.quant_method is None or not says_nothing(*pair))

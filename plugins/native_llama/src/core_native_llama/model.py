@@ -83,7 +83,10 @@ class LlamaModel(nn.Module):
         self.head = Head(config.hidden, 0 if config.tied else config.vocab, False, dtype)
         if config.tied:
             self.head.tie(self.embedding)
-        self.features = ModelFeatures(prefix_caching=not self.rotary.depends_on_length)
+        self.features = ModelFeatures(
+            prefix_caching=not self.rotary.depends_on_length,
+            captures_decode=not self.rotary.depends_on_length,
+        )
 
     def kv_specs(self) -> Sequence[KVSpec]:
         return [layer.attention.attention.spec for layer in self.layers]

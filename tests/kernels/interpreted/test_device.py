@@ -1,0 +1,187 @@
+"""The engine on a device that stages (a played one): the tokens of a CPU, in so many copies and waits a step."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from core import LLM, SamplingParams
+from core.decode_graphs import Sizes
+from core.request import Request
+from core.runner import Runner
+from core.sampler import Sampler
+from core.testing import tiny_checkpoint
+
+PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [40, 41, 42]]
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+DRAWN = SamplingParams(temperature=0.9, top_k=20, top_p=0.9, seed=11, max_tokens=6, ignore_eos=True)
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")  # results that Python needs
+
+
+class CountingDevice:
+    """A GPU as far as its users can tell, in the host's memory. A replay runs what was captured on the same buffers."""
+
+    stages = True
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.copies = self.waits = self.captures = self.replays = 0
+
+    def host_buffer(self, size):
+        return torch.zeros(size, dtype=torch.uint8)
+
+    def buffer(self, size):
+        return torch.full((size,), 0xFF, dtype=torch.uint8)  # ids far out of range, until something is copied
+
+    def copy(self, source, target):
+        self.copies += 1
+        target.copy_(source)
+        source.fill_(0xFF)  # whoever still read the host's side would notice
+
+    def read(self, x):
+        self.waits += 1
+        return x.clone()
+
+    def capture(self, run):
+        self.captures += 1
+        return PlayedGraph(self, run)
+
+
+class PlayedGraph:
+    def __init__(self, device, run):
+        self.device, self.run, self.output = device, run, run()
+
+    def replay(self):
+        self.device.replays += 1
+        return self.output.copy_(self.run())
+
+
+class Watch(TorchDispatchMode):
+    """Raise where code that runs on the device would make the host wait for it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masked = name in ("index", "index_put_") and any(x is not None and x.dtype == torch.bool for x in args[1])
+        assert not masked and name not in WAITING, f"{function} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+def opened(folder, device=None, graphs=True, **options):
+    llm = LLM(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        attention_backend="triton",
+        max_model_len=64,
+        max_num_seqs=4,
+        max_num_batched_tokens=12,  # prompts are cut into chunks, decoded beside each other
+        block_size=4,
+        kv_cache_memory=2**20,
+        **options,
+    )
+    if device is not None:
+        engine = llm._engine
+        old = engine.runner
+        sizes = Sizes(4, 64, 4) if graphs else None
+        engine.runner = Runner(old.model, old.attention, 4, device, old.reaches, sizes)
+        engine.sampler = Sampler(old.model.vocab_size, engine.eos_token_ids, device)
+        forward, plan = old.model.forward, old.attention.plan_staged
+        old.model.forward = watched(forward)
+        old.attention.plan_staged = watched(plan)
+    return llm
+
+
+def watched(function):
+    def call(*arguments):
+        with Watch():
+            return function(*arguments)
+
+    return call
+
+
+def tokens_of(llm, params=GREEDY):
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params)
+    llm.close()
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def wanted(llama):
+    return tokens_of(opened(llama))
+
+
+def test_a_plain_step_gives_the_same_tokens_and_captures_nothing(llama, wanted):
+    device = CountingDevice()
+    assert tokens_of(opened(llama, device, graphs=False)) == wanted
+    assert (device.captures, device.replays) == (0, 0)
+
+
+def test_captured_steps_give_the_same_tokens(llama, wanted):
+    device = CountingDevice()
+    assert tokens_of(opened(llama, device)) == wanted
+    assert 0 < device.captures < device.replays
+
+
+def test_a_window_is_kept_in_captured_steps(tmp_path):
+    folder = tiny_checkpoint("mistral", tmp_path, sliding_window=6)
+    device = CountingDevice()
+    assert tokens_of(opened(folder, device)) == tokens_of(opened(folder))
+    assert device.replays
+
+
+def test_a_decode_step_is_one_copy_and_one_wait(llama):
+    device = CountingDevice()
+    llm = opened(llama, device)
+    kinds = counted(llm, device, GREEDY)
+    assert kinds["captured"] == {(1, 1)}
+    assert kinds["plain"] == {(1, 1)}
+
+
+def test_a_drawing_step_is_two_copies_and_one_wait(llama):
+    device = CountingDevice()
+    assert counted(opened(llama, device), device, DRAWN)["captured"] == {(2, 1)}
+
+
+def counted(llm, device, params):
+    """Run the prompts; return the (copies, waits) that steps took, by whether a graph ran them."""
+    engine, kinds = llm._engine, {"captured": set(), "plain": set()}
+    step = engine.step
+
+    def counting():
+        before = (device.copies, device.waits, device.replays)
+        deltas = step()
+        copies, waits, replays = (
+            now - then for now, then in zip((device.copies, device.waits, device.replays), before, strict=True)
+        )
+        kinds["captured" if replays else "plain"].add((copies, waits))
+        return deltas
+
+    engine.step = counting
+    tokens_of(llm, params)
+    return kinds
+
+
+def test_drawn_tokens_do_not_depend_on_the_batch_or_on_graphs(llama):
+    together = tokens_of(opened(llama, CountingDevice()), DRAWN)
+    assert together == tokens_of(opened(llama, CountingDevice(), graphs=False), DRAWN)
+    assert together == tokens_of(opened(llama), DRAWN)  # filtered requests: the CPU's own tokens
+
+
+def test_a_row_without_finite_logits_fails_alone(llama):
+    sampler = Sampler(8, (), CountingDevice())
+    logits = torch.randn(3, 8)
+    logits[1, 4] = float("nan")
+    for params in (GREEDY, DRAWN):
+        rows = [Request(str(index), [1], params, 4) for index in range(3)]
+        failed = [token.failed is not None for token in sampler.sample(logits, rows)]
+        assert failed == [False, True, False]
+
+
+def test_a_model_that_reads_more_than_tensors_is_not_captured(tmp_path):
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    folder = tiny_checkpoint("llama", tmp_path, max_position_embeddings=64, rope_parameters=rope)
+    device = CountingDevice()
+    assert opened(folder, device)._engine.runner.graphs is None
