@@ -7,7 +7,7 @@ A row goes through these, in this order; what a request does not ask for is skip
 
 Every filter after temperature keeps a prefix of the tokens sorted by logit, ties by lowest id, so the order in which
 equal logits happen to be sorted never shows. A row depends on its own logits, its request and
-`uniform(request.seed, len(request.output_ids))` only: not on the batch, not on preemption.
+`uniform(request.seed, number of the output token)` only: not on the batch, not on preemption.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from core.contracts import Tokenizer
 from core.errors import InvalidParameter
 from core.outputs import TokenLogprobs
 from core.request import Request
-from core.sampling.draw import draw, is_filtered, parts_of
+from core.sampling.draw import draw, is_filtered, parts_of, uniform
 from core.sampling.edits import Edits, RowState
 from core.sampling.logprobs import token_logprobs
 from core.sampling_params import SamplingParams
@@ -63,9 +63,13 @@ class Sampler:
         """Forget a finished or aborted request, not a preempted one. Unknown ids are fine."""
         self._states.pop(request_id, None)
 
-    def sample(self, logits: Tensor, rows: Sequence[Request]) -> list[SampledToken]:
-        """Choose the next token of each of `rows`; logits [rows, vocab], any float dtype, are not changed."""
+    def sample(self, logits: Tensor, rows: Sequence[Request], ahead: Sequence[int] | None = None) -> list[SampledToken]:
+        """Choose the next token of each of `rows`; logits [rows, vocab], any float dtype, are not changed.
+
+        `ahead` [rows]: how many draft tokens stand between a request's output and the token to choose; None = none.
+        """
         assert logits.shape == (len(rows), self.vocab_size), (logits.shape, len(rows), self.vocab_size)
+        ahead = ahead or [0] * len(rows)
         if not rows:
             return []
         logits = logits.to(self.device)
@@ -76,7 +80,8 @@ class Sampler:
         for filtered in (False, True):
             group = [row for row in drawn if is_filtered(rows[row].params) is filtered]
             for part in parts_of(group, self.vocab_size):
-                tokens[part] = draw(scores, best, part, [rows[row] for row in part], filtered)
+                numbers = [uniform(rows[row].seed, len(rows[row].output_ids) + ahead[row]) for row in part]
+                tokens[part] = draw(scores, best, part, [rows[row].params for row in part], numbers, filtered)
         return self._results(logits, rows, tokens.tolist(), finite)
 
     def prompt_logprobs(self, logits: Tensor, token_ids: Sequence[int], k: int) -> list[TokenLogprobs]:
