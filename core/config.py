@@ -38,6 +38,9 @@ class EngineConfig:
     mem_fraction_static: float | None = None  # of a GPU's memory, for weights and K/V; None = 0.88
     kv_cache_dtype: str = "auto"  # of K/V in the cache; auto = what the model computes in
     enable_cuda_graph: bool = True  # decode steps as graphs, where device, model and backend can
+    speculative_ngram: int = 0  # longest n-gram looked up in a request's own text to guess its next tokens; 0 = off
+    speculative_ngram_min: int = 2  # the shortest
+    speculative_num_draft_tokens: int = 5  # the most guessed for a request in a step
     tensor_parallel_size: int = 1
     seed: int = 0  # for requests that give none
     disable_plugins: tuple[str, ...] = ()
@@ -53,7 +56,10 @@ class EngineConfig:
             raise ConfigError(f"kv_cache_dtype {self.kv_cache_dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
         if self.tensor_parallel_size != 1:
             raise ConfigError("tensor_parallel_size above 1 is not supported yet; leave it at 1.")
-        positive = ("max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "block_size")
+        positive = (
+            "max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "block_size",
+            "speculative_ngram_min", "speculative_num_draft_tokens",
+        )  # fmt: skip
         for name in (*positive, "kv_cache_memory", "max_model_len", "num_blocks", "num_threads"):
             value = getattr(self, name)
             if value is None and name not in positive:
@@ -65,9 +71,20 @@ class EngineConfig:
             raise ConfigError(f"mem_fraction_static must lie between 0 and 1, got {fraction!r}.")
         if fraction is not None and self.kv_cache_memory is not None:
             raise ConfigError("mem_fraction_static and kv_cache_memory both size the K/V memory; give one of them.")
+        self._check_speculation()
         for name in ("disable_plugins", "disable_patches", "prefer"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+
+    def _check_speculation(self) -> None:
+        longest, shortest = self.speculative_ngram, self.speculative_ngram_min
+        if not isinstance(longest, int) or isinstance(longest, bool) or longest < 0:
+            raise ConfigError(f"speculative_ngram must be 0 (off) or a positive integer, got {longest!r}.")
+        if 0 < longest < shortest:
+            raise ConfigError(
+                f"speculative_ngram {longest} is shorter than speculative_ngram_min {shortest}; nothing would be "
+                "looked up. Raise the one or lower the other."
+            )
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:

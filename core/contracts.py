@@ -325,11 +325,13 @@ class StepStats:
     num_waiting: int
     num_tokens: int  # tokens that ran
     num_prefill_tokens: int
-    num_sampled: int
+    num_sampled: int  # tokens that requests got
     num_preempted: int
     free_blocks: int
     num_blocks: int
     seconds: float
+    num_drafted: int = 0  # draft tokens that ran beside decodes; part of num_tokens
+    num_accepted: int = 0  # of them, those that were the model's own tokens; part of num_sampled
 
 
 @dataclass(frozen=True)

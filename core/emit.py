@@ -36,26 +36,44 @@ class Sample:
         wanted = self.request.params.prompt_logprobs is not None
         return wanted and len(self.prompt_logprobs) < self.request.num_prompt - 1
 
-    def take(self, sampled: SampledToken) -> tuple[Delta, FinishReason | None]:
-        """Turn the token that was just appended to the request into a delta, and decide whether it is the last."""
+    def take(self, run: Sequence[SampledToken]) -> tuple[Delta, FinishReason | None]:
+        """Turn the tokens that were just appended to the request into a delta, and decide whether they are the last.
+
+        Those after a token that ends the sample are taken back from the request. `run` is not empty.
+        """
         self.first_token = self.first_token or time.monotonic()
-        if sampled.failed:
-            self.request.output_ids.pop()
-            return self._delta([], "", None, FinishReason.ERROR, sampled.failed), FinishReason.ERROR
-        token = sampled.token_id
+        output_ids = self.request.output_ids
+        before = count = len(output_ids) - len(run)
+        text = ""
+        finish: FinishReason | None = None
+        reason: int | str | None = None
+        for sampled in run:
+            if sampled.failed:
+                finish, reason = FinishReason.ERROR, sampled.failed
+                break
+            count += 1
+            added, finish, reason = self._take_one(sampled.token_id, count)
+            text += added
+            if finish is not None:
+                break
+        del output_ids[count:]
+        logprobs = [taken.logprobs for taken in run[: count - before] if taken.logprobs is not None]
+        return self._delta(output_ids[before:], text, logprobs, finish, reason), finish
+
+    def _take_one(self, token: int, count: int) -> tuple[str, FinishReason | None, int | str | None]:
+        """Take the output's token number `count`; return the text it decides, and why the sample ends with it."""
         reason: int | str | None
-        stop, reason = self._stop_token(token)
-        length = FinishReason.LENGTH if len(self.request.output_ids) >= self.request.max_tokens else None
+        stop, reason = self._stop_token(token, count)
+        length = FinishReason.LENGTH if count >= self.request.max_tokens else None
         decoded = self.detokenizer.append([] if stop else [token], is_last=stop or length is not None)
         if decoded.stop is not None and not stop:
             stop, reason = True, decoded.stop
-        finish = FinishReason.STOP if stop else length
-        return self._delta([token], decoded.text, sampled.logprobs, finish, reason), finish
+        return decoded.text, FinishReason.STOP if stop else length, reason
 
-    def _stop_token(self, token: int) -> tuple[bool, int | None]:
+    def _stop_token(self, token: int, count: int) -> tuple[bool, int | None]:
         """Return whether the token ends the text, and the stop token id if it was one that the client named."""
         params = self.request.params
-        if len(self.request.output_ids) < params.min_tokens:
+        if count < params.min_tokens:
             return False, None
         if token in params.stop_token_ids:
             return True, token
@@ -65,7 +83,7 @@ class Sample:
         self,
         token_ids: list[int],
         text: str,
-        logprobs: TokenLogprobs | None,
+        logprobs: list[TokenLogprobs],
         finish: FinishReason | None,
         reason: int | str | None,
     ) -> Delta:
@@ -76,7 +94,7 @@ class Sample:
             index=request.index,
             token_ids=token_ids,
             text=text,
-            logprobs=None if logprobs is None else [logprobs],
+            logprobs=logprobs or None,
             finish_reason=finish.value if finish else None,
             stop_reason=reason,
             num_prompt_tokens=request.num_prompt,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from core.config import EngineConfig
@@ -18,6 +19,7 @@ from core.runner import Runner, StepLogits
 from core.sampler import SampledToken, Sampler, bad_word_ids, check_token_ids
 from core.sampling_params import SamplingParams
 from core.scheduler import Schedule, Scheduler
+from core.speculation import accepted_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,7 +128,7 @@ class Engine:
         schedule = self.scheduler.schedule()
         logits = self._run(schedule)
         sampled = self._sample(schedule, logits)
-        self.scheduler.advance(schedule.entries, [None if one is None else one.token_id for one in sampled])
+        self.scheduler.advance(schedule.entries, [[one.token_id for one in run] for run in sampled])
         deltas = self._emit(schedule.entries, sampled)
         self._observe(schedule, sampled, time.perf_counter() - start)
         return deltas
@@ -145,14 +147,23 @@ class Engine:
                 wants_prompt.add(index)
         return self.runner.run(schedule.entries, wants_prompt)
 
-    def _sample(self, schedule: Schedule, logits: StepLogits | None) -> list[SampledToken | None]:
+    def _sample(self, schedule: Schedule, logits: StepLogits | None) -> list[list[SampledToken]]:
+        """Return what each entry's request gets: one token, more where drafts were right, none within a prompt."""
         if logits is None:
             return []
         for index, rows in logits.prompt_rows.items():
             self._take_prompt_logprobs(schedule.entries[index], rows)
-        sampling = [entry.request for entry in schedule.entries if entry.samples]
-        tokens = iter(self.sampler.sample(logits.sampled_rows, sampling) if sampling else ())
-        return [next(tokens) if entry.samples else None for entry in schedule.entries]
+        places = [(entry.request, ahead) for entry in schedule.entries for ahead in range(entry.num_sampled)]
+        if not places:
+            return [[] for _ in schedule.entries]
+        requests, ahead = [request for request, _ in places], [ahead for _, ahead in places]
+        tokens = iter(self.sampler.sample(logits.sampled_rows, requests, ahead))
+        return [self._accept(entry, list(islice(tokens, entry.num_sampled))) for entry in schedule.entries]
+
+    def _accept(self, entry: ScheduledTokens, tokens: list[SampledToken]) -> list[SampledToken]:
+        if not entry.drafts:
+            return tokens
+        return accepted_run(entry.drafts, [token.token_id for token in tokens], tokens)
 
     def _take_prompt_logprobs(self, entry: ScheduledTokens, rows: Tensor) -> None:
         """Row i of a chunk [start, end) tells how likely token start + i + 1 was."""
@@ -164,13 +175,13 @@ class Engine:
             known = self._samples[request.id].prompt_logprobs
             known.update(zip(range(entry.start + 1, end), found, strict=True))
 
-    def _emit(self, entries: Sequence[ScheduledTokens], sampled: Sequence[SampledToken | None]) -> list[Delta]:
+    def _emit(self, entries: Sequence[ScheduledTokens], sampled: Sequence[list[SampledToken]]) -> list[Delta]:
         deltas = []
-        for entry, token in zip(entries, sampled, strict=True):
-            if token is None:
+        for entry, run in zip(entries, sampled, strict=True):
+            if not run:
                 continue
             sample = self._samples[entry.request.id]
-            delta, finish = sample.take(token)
+            delta, finish = sample.take(run)
             deltas.append(delta)
             if finish is not None:
                 self.scheduler.complete(entry.request, finish)
@@ -194,19 +205,22 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------ observe
 
-    def _observe(self, schedule: Schedule, sampled: Sequence[SampledToken | None], seconds: float) -> None:
-        tokens, decodes = schedule.num_tokens, sum(entry.count == 1 for entry in schedule.entries)
+    def _observe(self, schedule: Schedule, sampled: Sequence[list[SampledToken]], seconds: float) -> None:
+        entries, tokens = schedule.entries, schedule.num_tokens
+        decodes = sum(entry.count for entry in entries if entry.known_end - entry.start == 1)
         pool = self.scheduler.pool
         stats = StepStats(
             num_running=self.scheduler.num_running,
             num_waiting=self.scheduler.num_waiting,
             num_tokens=tokens,
             num_prefill_tokens=tokens - decodes,
-            num_sampled=sum(token is not None for token in sampled),
+            num_sampled=sum(map(len, sampled)),
             num_preempted=len(schedule.preempted),
             free_blocks=pool.num_free,
             num_blocks=pool.num_blocks,
             seconds=seconds,
+            num_drafted=sum(len(entry.drafts) for entry in entries),
+            num_accepted=sum(len(run) - 1 for run in sampled if run),
         )
         self.host.on_step(stats)
         if self._keeps_stats:

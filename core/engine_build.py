@@ -25,6 +25,7 @@ from core.runner import Runner
 from core.sampler import Sampler
 from core.scheduler import Scheduler, SchedulerLimits
 from core.spec import ModelSpec
+from core.speculation import Drafter, LookupLimits
 
 logger = logging.getLogger("core_serve")
 DEFAULT_MODEL_LEN = 2048  # tokens, where a config states none
@@ -141,6 +142,7 @@ def _assemble(
 ) -> Engine:
     spec, context, attention_name = plan.checkpoint.spec, plan.context, plan.attention.winner.bid.name
     max_model_len = choose_model_len(config, spec)
+    drafter = make_drafter(config, model)
     specs = cache_specs(model, config.kv_cache_dtype)
     chunked = model.features.chunked_prefill
     step = config.max_num_batched_tokens if chunked else max(config.max_num_batched_tokens, max_model_len)
@@ -194,9 +196,29 @@ def _assemble(
     graph_sizes = Sizes(config.max_num_seqs, max_model_len, config.block_size) if config.enable_cuda_graph else None
     runner = Runner(model, attention, config.block_size, device, tuple(memory.windows), graph_sizes)
     pools = memory.pools(config.block_size)
-    scheduler = Scheduler(BlockPool(memory.num_blocks, config.block_size), limits, pools)
+    scheduler = Scheduler(BlockPool(memory.num_blocks, config.block_size), limits, pools, drafter)
     sampler = Sampler(model.vocab_size, eos, device)
     return Engine(info, config, host, runner, scheduler, sampler, tokenizer, eos)
+
+
+def make_drafter(config: EngineConfig, model: Model) -> Drafter | None:
+    """Return what guesses tokens, None if it is off. Raises ConfigError for a model that cannot take a token back."""
+    if not config.speculative_ngram:
+        return None
+    features, reason = model.features, None
+    if features.restart_after is not None:
+        reason = f"it computes a text anew when it grows past {features.restart_after} tokens"
+    elif not features.prefix_caching:
+        reason = "what it keeps of a token is not in blocks, or depends on the length of the text"
+    elif not features.chunked_prefill:
+        reason = "it cannot run several tokens behind what it has computed"
+    if reason is not None:
+        raise ConfigError(
+            f"speculative_ngram {config.speculative_ngram} was asked for, but {model.impl_name} cannot take back a "
+            f"token that was guessed wrong: {reason}. Leave it at 0."
+        )
+    limits = LookupLimits(config.speculative_ngram, config.speculative_ngram_min, config.speculative_num_draft_tokens)
+    return Drafter(limits)
 
 
 def cache_specs(model: Model, dtype: str) -> list[KVSpec]:

@@ -116,7 +116,10 @@ def register_routes(app: FastAPI, engine: EngineClient) -> None:
 
 @hookspec
 def on_step(stats: StepStats) -> None:
-    """Observe a finished engine step. Called in the engine's process, on its thread, once a step."""
+    """Observe a finished engine step. Called in the engine's process, on its thread, once a step.
+
+    With speculation, `num_drafted` and `num_accepted` say how many tokens were guessed and how many were right.
+    """
 
 
 @hookspec

@@ -19,6 +19,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._num_drafted, self._num_accepted = 0, 0
         self._last_token: dict[str, dict[int, float]] = {}  # request id -> sample -> when its last token came
         self._make_gauges()
         self._make_counters()
@@ -30,6 +31,11 @@ class Metrics:
         self.waiting = Gauge("core_serve_requests_waiting", "Samples in the queue.", registry=self.registry)
         self.free_blocks = Gauge("core_serve_blocks_free", "KV blocks that can be taken.", registry=self.registry)
         self.blocks = Gauge("core_serve_blocks_total", "KV blocks.", registry=self.registry)
+        self.acceptance = Gauge(
+            "core_serve_spec_decode_acceptance_rate",
+            "Guessed tokens that were the model's own, as a share of all guessed since the start.",
+            registry=self.registry,
+        )
 
     def _make_counters(self) -> None:
         def counter(name: str, text: str, labels: Sequence[str] = ()) -> Counter:
@@ -44,6 +50,8 @@ class Metrics:
         self.aborted = counter("requests_aborted", "Samples that were aborted.")
         self.steps = counter("steps", "Engine steps.")
         self.deaths = counter("engine_deaths", "Engine processes that died.")
+        self.drafted = counter("spec_decode_draft_tokens", "Tokens guessed by speculation, and run.")
+        self.accepted = counter("spec_decode_accepted_tokens", "Guessed tokens that were the model's own.")
 
     def _make_histograms(self) -> None:
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
@@ -72,6 +80,15 @@ class Metrics:
         self.preemptions.inc(stats.num_preempted)
         self.steps.inc()
         self.step_time.observe(stats.seconds)
+        if stats.num_drafted:
+            self._on_drafts(stats.num_drafted, stats.num_accepted)
+
+    def _on_drafts(self, drafted: int, accepted: int) -> None:
+        self.drafted.inc(drafted)
+        self.accepted.inc(accepted)
+        self._num_drafted += drafted
+        self._num_accepted += accepted
+        self.acceptance.set(self._num_accepted / self._num_drafted)
 
     def _on_finished(self, record: RequestRecord) -> None:
         self.finished.labels(record.finish_reason).inc()

@@ -89,17 +89,32 @@ class ClientRequest:
 
 @dataclass(frozen=True)
 class ScheduledTokens:
-    """Run tokens [start, start + count) of `request` in this step."""
+    """Run tokens [start, start + count) of `request` in this step; the last of them may be drafts."""
 
     request: Request
     start: int  # == request.num_computed when scheduled
-    count: int  # >= 1
+    count: int  # >= 1, with the drafts
+    drafts: tuple[int, ...] = ()  # guesses for the tokens after the last known one (core/speculation.py)
 
     @property
     def end(self) -> int:
         return self.start + self.count
 
     @property
+    def known_end(self) -> int:
+        """Where the drafts begin."""
+        return self.end - len(self.drafts)
+
+    @property
     def samples(self) -> bool:
-        """True if this reaches the last known token, so that a new one is sampled after it."""
-        return self.end == self.request.num_tokens
+        """True if this reaches the last known token, so that a new one is sampled after it (and after each draft)."""
+        return self.known_end == self.request.num_tokens
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens whose logits are sampled from."""
+        return 1 + len(self.drafts) if self.samples else 0
+
+    def token_ids(self) -> list[int]:
+        """Return what runs, [count]."""
+        return [*self.request.token_ids(self.start, self.known_end), *self.drafts]

@@ -25,7 +25,7 @@ from core.staging import tensors_of, to_device, with_tensors
 class StepLogits:
     """The logits of one step, by entry."""
 
-    sampled_rows: Tensor  # [entries that sample, vocab], in their order
+    sampled_rows: Tensor  # [rows, vocab]: entry.num_sampled rows for each entry, in their order
     prompt_rows: dict[int, Tensor]  # entry index -> [tokens of its prompt, vocab], where prompt logprobs were asked
 
 
@@ -90,7 +90,7 @@ class Runner:
         ids: list[int] = []
         starts = [0]
         for entry in entries:
-            ids.extend(entry.request.token_ids(entry.start, entry.end))
+            ids.extend(entry.token_ids())
             starts.append(len(ids))
         rows, ranges, last = _logit_rows(entries, starts, wants_prompt)
         positions = self._positions(entries)
@@ -138,9 +138,8 @@ def _logit_rows(
         if index in wants_prompt:
             ranges[index] = (len(rows), len(rows) + entry.count)
             rows.extend(range(starts[index], starts[index + 1]))
-            if entry.samples:
-                last.append(len(rows) - 1)
+            last.extend(range(len(rows) - entry.num_sampled, len(rows)))
         elif entry.samples:
-            last.append(len(rows))
-            rows.append(starts[index + 1] - 1)
+            last.extend(range(len(rows), len(rows) + entry.num_sampled))
+            rows.extend(range(starts[index + 1] - entry.num_sampled, starts[index + 1]))
     return rows, ranges, last

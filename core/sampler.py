@@ -7,8 +7,8 @@ A row goes through these, in this order; what a request does not ask for is skip
 
 Every filter after temperature keeps a prefix of the tokens sorted by logit, ties by lowest id, so the order in which
 equal logits happen to be sorted never shows. A row depends on its own logits, its request and
-`uniform(request.seed, len(request.output_ids))` only: not on the batch, not on preemption. On a GPU a kernel draws, and
-the tokens are all that the host waits for.
+`uniform(request.seed, number of the output token)` only: not on the batch, not on preemption. On a GPU a kernel draws,
+and the tokens are all that the host waits for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from core.device import DeviceModule, HostDevice
 from core.errors import InvalidParameter
 from core.outputs import TokenLogprobs
 from core.request import Request
-from core.sampling.draw import draw, is_filtered, parts_of
+from core.sampling.draw import draw, is_filtered, parts_of, uniform
 from core.sampling.edits import Edits, RowState
 from core.sampling.logprobs import token_logprobs
 from core.sampling_params import SamplingParams
@@ -66,32 +66,37 @@ class Sampler:
         """Forget a finished or aborted request, not a preempted one. Unknown ids are fine."""
         self._states.pop(request_id, None)
 
-    def sample(self, logits: Tensor, rows: Sequence[Request]) -> list[SampledToken]:
-        """Choose the next token of each of `rows`; logits [rows, vocab], any float dtype, are not changed."""
+    def sample(self, logits: Tensor, rows: Sequence[Request], ahead: Sequence[int] | None = None) -> list[SampledToken]:
+        """Choose the next token of each of `rows`; logits [rows, vocab], any float dtype, are not changed.
+
+        `ahead` [rows]: how many draft tokens stand between a request's output and the token to choose; None = none.
+        """
         assert logits.shape == (len(rows), self.vocab_size), (logits.shape, len(rows), self.vocab_size)
+        ahead = ahead or [0] * len(rows)
         if not rows:
             return []
         logits = logits.to(self.device)
         scores = self._edited(logits, rows)
         best, tokens = scores.max(dim=-1)  # the lowest id of equal ones; NaN if there is one in the row
         if self.module.stages:
-            return self._results(logits, rows, *self._read(scores, best, tokens, rows))
+            return self._results(logits, rows, *self._read(scores, best, tokens, rows, ahead))
         finite = best.isfinite().tolist()
         drawn = [row for row, request in enumerate(rows) if finite[row] and not request.params.greedy]
         for filtered in (False, True):
             group = [row for row in drawn if is_filtered(rows[row].params) is filtered]
             for part in parts_of(group, self.vocab_size):
-                tokens[part] = draw(scores, best, part, [rows[row] for row in part], filtered)
+                numbers = [uniform(rows[row].seed, len(rows[row].output_ids) + ahead[row]) for row in part]
+                tokens[part] = draw(scores, best, part, [rows[row].params for row in part], numbers, filtered)
         return self._results(logits, rows, tokens.tolist(), finite)
 
     def _read(
-        self, scores: Tensor, best: Tensor, tokens: Tensor, rows: Sequence[Request]
+        self, scores: Tensor, best: Tensor, tokens: Tensor, rows: Sequence[Request], ahead: Sequence[int]
     ) -> tuple[list[int], list[bool]]:
         """Return each row's token and whether it is one; waits for the device once."""
         if not all(request.params.greedy for request in rows):
             from core.sampling.on_device import draw_on_device  # imports Triton
 
-            tokens = draw_on_device(scores, rows, self.module)
+            tokens = draw_on_device(scores, rows, ahead, self.module)
         chosen, finite = self.module.read(torch.stack([tokens, best.isfinite().long()])).tolist()
         return chosen, [bool(flag) for flag in finite]
 

@@ -9,6 +9,8 @@ A step is filled in this order, until the token budget is spent:
      running requests, which may be itself.
   2. running requests in the middle of their prompt: the next chunk.
   3. waiting requests, strictly in order; the first that does not fit ends the step. Never in a step that preempted.
+  4. drafts (core/speculation.py) behind the decodes, with what is left of the budget and of free blocks: they delay
+     nobody. The blocks that only rejected ones lay in are given back by advance().
 
 Order is (priority, arrival); a preempted request comes before new ones of its priority. A request gets the blocks for
 all its known tokens when it is admitted, so that only decodes ever ask for more. A waiting request may preempt running
@@ -27,6 +29,7 @@ from dataclasses import dataclass, field
 from core.blocks import BlockPool
 from core.errors import InvalidParameter, Overloaded, PromptTooLong
 from core.request import FinishReason, Request, ScheduledTokens, Status
+from core.speculation import Drafter
 from core.window_blocks import WindowPool, WindowTable
 
 Key = tuple[int, int, float, int]  # (priority, 0 once admitted else 1, arrival, serial number)
@@ -94,6 +97,13 @@ class _Step:
         self.entries[request.id] = ScheduledTokens(request, start, count)
         self.budget -= count
 
+    def add_drafts(self, entry: ScheduledTokens, drafts: tuple[int, ...]) -> None:
+        request, count = entry.request, entry.count + len(drafts)
+        for window, table in zip(self.windows, request.window_tables, strict=True):
+            window.cover(table, entry.start, entry.start + count)
+        self.entries[request.id] = ScheduledTokens(request, entry.start, count, drafts)
+        self.budget -= len(drafts)
+
     def drop(self, request: Request) -> None:
         self.preempted.append(request)
         entry = self.entries.pop(request.id, None)
@@ -104,10 +114,18 @@ class _Step:
 class Scheduler:
     """Owns all unfinished requests and their blocks. One thread calls it."""
 
-    def __init__(self, pool: BlockPool, limits: SchedulerLimits, windows: Sequence[WindowPool] = ()) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        limits: SchedulerLimits,
+        windows: Sequence[WindowPool] = (),
+        drafter: Drafter | None = None,
+    ) -> None:
         """`windows`: the pools of layers that look back only so far, beside `pool` for all others."""
+        assert drafter is None or limits.restart_after is None, "drafts of a text that is computed anew"
         self.pool = pool
         self.limits = limits
+        self.drafter = drafter
         self.windows = tuple(windows)
         pool.on_uncached = self._forget_companions
         self._caching = limits.prefix_caching and limits.chunked_prefill and limits.restart_after is None
@@ -164,6 +182,8 @@ class Scheduler:
         line = self._running if request.status is Status.RUNNING else self._waiting
         line.remove(self._keys.pop(request.id))
         self._restarted.discard(request.id)
+        if self.drafter is not None:
+            self.drafter.forget(request.id)
         self._release(request)
         request.status = Status.FINISHED
         request.finish_reason = reason
@@ -196,28 +216,46 @@ class Scheduler:
         prefilling = self._run_decodes(step)
         self._run_chunks(prefilling, step)
         self._admit_waiting(step)
+        if self.drafter is not None:
+            self._add_drafts(self.drafter, step)
         return Schedule(list(step.entries.values()), step.preempted)
 
-    def advance(self, entries: Sequence[ScheduledTokens], sampled: Sequence[int | None]) -> None:
+    def advance(self, entries: Sequence[ScheduledTokens], sampled: Sequence[Sequence[int]]) -> None:
         """Record that the entries ran: count their tokens, append the sampled ones, cache the blocks that became full.
 
-        sampled[i] belongs to entries[i]: a token id where entry.samples, else None. (Afterwards entry.samples is False,
-        since there is a token more.) Entries of requests completed or aborted since schedule() are ignored.
+        sampled[i] belongs to entries[i]: none where it does not sample, else the drafts that were accepted and one
+        token after them. (Afterwards entry.samples is False, since there are tokens more.) What rejected drafts left
+        in the cache is not counted, and written over. Entries of requests completed or aborted since schedule() are
+        ignored.
         """
-        size = self.pool.block_size
-        for entry, token in zip(entries, sampled, strict=True):
-            request, start, end = entry.request, entry.start, entry.start + entry.count
+        for entry, tokens in zip(entries, sampled, strict=True):
+            request, start = entry.request, entry.start
             if request.status is not Status.RUNNING:
                 continue
             assert request.num_computed == start, f"an entry of request {request.id!r} came twice"
-            request.num_computed = end
-            if self._caching and start // size < end // size:
-                self._register(request, start, end)
-            for window, table in zip(self.windows, request.window_tables, strict=True):
-                window.trim(table, end)
-            if token is not None:
-                assert end == request.num_tokens, f"a token for request {request.id!r} in the middle of its prompt"
-                request.output_ids.append(token)
+            assert not tokens or entry.samples, f"a token for request {request.id!r} in the middle of its prompt"
+            assert tuple(tokens[:-1]) == entry.drafts[: len(tokens[:-1])], "tokens that did not run"
+            request.output_ids.extend(tokens)
+            request.num_computed = end = entry.known_end + len(tokens[:-1])
+            self._settle(request, start, end)
+            if entry.drafts:
+                self._give_back(request)
+
+    def _settle(self, request: Request, start: int, end: int) -> None:
+        """Tokens [start, end) are computed for good."""
+        size = self.pool.block_size
+        if self._caching and start // size < end // size:
+            self._register(request, start, end)
+        for window, table in zip(self.windows, request.window_tables, strict=True):
+            window.trim(table, end)
+
+    def _give_back(self, request: Request) -> None:
+        """Free the blocks past all known tokens: rejected drafts lay there."""
+        keep = self.pool.blocks_for(request.num_tokens)
+        self.pool.free(request.block_ids[keep:])
+        del request.block_ids[keep:]
+        for window, table in zip(self.windows, request.window_tables, strict=True):
+            window.cut(table, request.num_tokens)
 
     def _run_decodes(self, step: _Step) -> list[Request]:
         """Run what has one token left; return the running requests that have more, in order."""
@@ -273,6 +311,22 @@ class Scheduler:
                 return
             step.run(request, self._count(request, step))
             step.admitted += 1
+
+    def _add_drafts(self, drafter: Drafter, step: _Step) -> None:
+        """Let guesses run behind the decodes. Takes free blocks only, and none in a step that preempted."""
+        size = self.pool.block_size
+        for entry in list(step.entries.values()):
+            request = entry.request
+            if step.preempted or entry.count > 1 or not entry.samples:
+                continue
+            held = len(request.block_ids) * size - request.num_tokens
+            drafts = drafter.propose(request, min(step.budget, held + self.pool.num_free * size))
+            if not drafts:
+                continue
+            fresh = self.pool.allocate(max(0, self.pool.blocks_for(len(drafts) - held)))
+            assert fresh is not None
+            request.block_ids += fresh
+            step.add_drafts(entry, drafts)
 
     def _count(self, request: Request, step: _Step) -> int:
         return min(request.num_remaining, step.budget) if self.limits.chunked_prefill else request.num_remaining

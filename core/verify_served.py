@@ -55,7 +55,7 @@ class ForcedRun:
         for request in schedule.preempted:
             engine.runner.model.release(request.id)
         self._run(schedule)
-        tokens = [self._next(entry) if entry.samples else None for entry in schedule.entries]
+        tokens = [[self._next(entry)] if entry.samples else [] for entry in schedule.entries]
         engine.scheduler.advance(schedule.entries, tokens)
         for entry in schedule.entries:
             if entry.end == len(self.texts[entry.request.id][1]):

@@ -63,6 +63,11 @@ class WindowPool:
             table.ids[table.first] = NOTHING
             table.first += 1
 
+    def cut(self, table: WindowTable, end: int) -> None:
+        """Give back the blocks that hold no token before `end`: drafts lay there."""
+        while (len(table.ids) - 1) * self.block_size >= end:
+            self._drop(table.ids.pop())
+
     def free(self, table: WindowTable) -> None:
         """Give back all of a table, the oldest first."""
         for block in table.ids[table.first :]:

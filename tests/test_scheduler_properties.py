@@ -7,7 +7,7 @@ context as read back from the slots, so that one wrong, stale or overwritten slo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +17,7 @@ from core.reach import Reach
 from core.request import FinishReason, Request, ScheduledTokens, Status
 from core.sampling_params import SamplingParams
 from core.scheduler import Schedule, Scheduler, SchedulerLimits
+from core.speculation import Drafter, LookupLimits, accepted_run, takes_drafts
 from core.window_blocks import WindowPool, most_blocks
 
 EMPTY = -1  # a slot that was never written
@@ -37,6 +38,21 @@ def expected_output(request: Request) -> list[int]:
     while len(output) < request.max_tokens and END not in output:
         output.append(next_token(request.prompt_ids + output))
     return output
+
+
+class HalfRight(Drafter):
+    """Guesses some of a request's next tokens right, the others wrong; which ones depends on the text alone."""
+
+    def propose(self, request: Request, most: int) -> tuple[int, ...]:
+        count = min(most, self.limits.num_drafts, request.max_tokens - len(request.output_ids) - 1)
+        text = request.token_ids(0, request.num_tokens)
+        if count < 1 or not takes_drafts(request.params, len(request.output_ids)):
+            return ()
+        right = next_token([*text, 5]) % (self.limits.num_drafts + 1)
+        for place in range(count):
+            token = next_token(text)
+            text.append(token if place != right else (token + 1) % 13)
+        return tuple(text[request.num_tokens :])
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,7 @@ class Stream:
     asks: tuple[Ask, ...]
     resets: frozenset[int]  # steps before which the prefix cache is emptied
     reaches: tuple[Reach, ...] = ()  # of layers that give old blocks back
+    num_drafts: int = 0  # the most guessed behind a decode
 
 
 @st.composite
@@ -83,7 +100,8 @@ def streams(draw: st.DrawFn) -> Stream:
     reach = st.builds(Reach, window=sizes) | st.builds(Reach, chunk=sizes) | st.builds(Reach, sizes, sizes)
     reaches = draw(st.lists(reach, max_size=2, unique=True))
     arrived = tuple(sorted(asks, key=lambda ask: ask.arrives))
-    return Stream(num_blocks, block_size, limits, arrived, resets, tuple(reaches))
+    num_drafts = draw(st.sampled_from([0, 1, 3, 9]))
+    return Stream(num_blocks, block_size, limits, arrived, resets, tuple(reaches), num_drafts)
 
 
 @st.composite
@@ -111,11 +129,14 @@ class Simulation:
     stream: Stream
     requests: list[Request] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)  # in order of first admission
+    drafted: int = 0
+    accepted: int = 0
 
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.stream.num_blocks, self.stream.block_size)
         self.windows = [self._window(reach) for reach in self.stream.reaches]
-        self.scheduler = Scheduler(self.pool, self.stream.limits, self.windows)
+        drafter = HalfRight(LookupLimits(1, 1, self.stream.num_drafts)) if self.stream.num_drafts else None
+        self.scheduler = Scheduler(self.pool, self.stream.limits, self.windows, drafter)
         self.slots = [EMPTY] * (self.stream.num_blocks * self.stream.block_size)
         self.window_slots = [[EMPTY] * (pool.num_blocks * pool.block_size) for pool in self.windows]
         self.step = 0
@@ -176,30 +197,35 @@ class Simulation:
         self.pool.check([request.block_ids for request in self.alive])
 
     def _stop(self, request: Request) -> None:
+        if END in request.output_ids:  # in the middle of a run of accepted drafts, perhaps
+            del request.output_ids[request.output_ids.index(END) + 1 :]
         if request.output_ids[-1] == END:
             self.scheduler.complete(request, FinishReason.STOP)
         elif len(request.output_ids) == request.max_tokens:
             self.scheduler.complete(request, FinishReason.LENGTH)
 
-    def _run_model(self, schedule: Schedule) -> list[int | None]:
+    def _run_model(self, schedule: Schedule) -> list[list[int]]:
         """Write every entry's tokens, then read every context, as one step of a model does."""
         for entry in schedule.entries:
             if not entry.request.is_finished:
-                for position in range(entry.start, entry.end):
-                    token = entry.request.token_ids(position, position + 1)[0]
+                for position, token in enumerate(entry.token_ids(), entry.start):
                     self.slots[self._slot(entry.request, position)] = token
                     for index, slots in enumerate(self.window_slots):
                         slots[self._window_slot(entry.request, index, position)] = token
-        sampled: list[int | None] = []
-        for entry in schedule.entries:
-            if entry.request.is_finished:
-                sampled.append(None)
-                continue
-            context = self._context(entry.request, entry.end)
-            assert context == entry.request.token_ids(0, entry.end), "a slot holds another token than its request's"
-            self._check_windows(entry)
-            sampled.append(next_token(context) if entry.samples else None)
-        return sampled
+        return [[] if entry.request.is_finished else self._sample(entry) for entry in schedule.entries]
+
+    def _sample(self, entry: ScheduledTokens) -> list[int]:
+        context = self._context(entry.request, entry.end)
+        text = [*entry.request.token_ids(0, entry.known_end), *entry.drafts]
+        assert context == text, "a slot holds another token than its request's"
+        self._check_windows(entry, text)
+        if not entry.samples:
+            return []
+        tokens = [next_token(context[:end]) for end in range(entry.known_end, entry.end + 1)]
+        run = accepted_run(entry.drafts, tokens, tokens)
+        self.drafted += len(entry.drafts)
+        self.accepted += len(run) - 1
+        return run
 
     def _slot(self, request: Request, position: int) -> int:
         block = request.block_ids[position // self.stream.block_size]
@@ -210,13 +236,13 @@ class Simulation:
         assert position // size >= table.first, "a block was given back that is still read"
         return table.ids[position // size] * size + position % size
 
-    def _check_windows(self, entry: ScheduledTokens) -> None:
+    def _check_windows(self, entry: ScheduledTokens, text: Sequence[int]) -> None:
         """Every token of this step finds in each window's blocks all that it sees."""
         for index, (pool, slots) in enumerate(zip(self.windows, self.window_slots, strict=True)):
             for position in range(entry.start, entry.end):
                 for seen in range(pool.reach.oldest(position), position + 1):
                     token = slots[self._window_slot(entry.request, index, seen)]
-                    assert [token] == entry.request.token_ids(seen, seen + 1), "a window's slot holds another token"
+                    assert token == text[seen], "a window's slot holds another token"
 
     def _context(self, request: Request, end: int) -> list[int]:
         return [self.slots[self._slot(request, position)] for position in range(end)]
@@ -332,7 +358,7 @@ def test_the_prefix_cache_changes_no_token(stream: Stream) -> None:
     outputs = []
     for caching in (True, False):
         limits = SchedulerLimits(**(vars(stream.limits) | {"prefix_caching": caching}))
-        simulation = simulate(Stream(stream.num_blocks, stream.block_size, limits, asks, stream.resets, stream.reaches))
+        simulation = simulate(replace(stream, limits=limits, asks=asks))
         outputs.append([request.output_ids for request in simulation.requests])
         for request in simulation.requests:
             assert request.num_cached < request.num_prompt and request.num_cached % stream.block_size == 0
@@ -340,10 +366,11 @@ def test_the_prefix_cache_changes_no_token(stream: Stream) -> None:
     assert outputs[0] == outputs[1]
 
 
-def test_the_simulation_meets_preemption_sharing_and_cache_hits() -> None:
+def test_the_simulation_meets_preemption_sharing_cache_hits_and_drafts_right_and_wrong() -> None:
     """The streams above would prove little if they never ran into these; this fixed one shows that they do."""
     limits = SchedulerLimits(4, 16, 40, 100)
     asks = tuple(Ask(6, (1, 2), 12, -step % 3, step, None, False, False) for step in range(12))
-    simulation = simulate(Stream(10, 4, limits, asks, frozenset(), (Reach(window=5), Reach(chunk=8))))
+    simulation = simulate(Stream(10, 4, limits, asks, frozenset(), (Reach(window=5), Reach(chunk=8)), num_drafts=5))
     assert sum(request.num_preemptions for request in simulation.requests) > 0
     assert sum(request.num_cached for request in simulation.requests) > 0
+    assert 0 < simulation.accepted < simulation.drafted

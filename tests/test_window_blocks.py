@@ -116,7 +116,7 @@ def run(scheduler, request):
     scheduler.add(request)
     while not request.is_finished:
         entries = scheduler.schedule().entries
-        scheduler.advance(entries, [7 if entry.samples else None for entry in entries])
+        scheduler.advance(entries, [[7] if entry.samples else [] for entry in entries])
         if len(request.output_ids) == request.max_tokens:
             scheduler.complete(request, None)
 

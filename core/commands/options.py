@@ -145,6 +145,23 @@ ENGINE_OPTIONS = [
         flag_value=False,
         help="Run decode steps kernel by kernel on a GPU.",
     ),
+    _option(
+        "--speculative-ngram",
+        "--prompt-lookup-max",
+        "speculative_ngram",
+        type=int,
+        help="Guess tokens from a request's own text: longest n-gram to look up. 0 is off.",
+    ),
+    _option(
+        "--speculative-ngram-min", "--prompt-lookup-min", "speculative_ngram_min", type=int, help="Shortest n-gram."
+    ),
+    _option(
+        "--speculative-num-draft-tokens",
+        "--num-speculative-tokens",
+        "speculative_num_draft_tokens",
+        type=int,
+        help="Tokens to guess for a request in a step, at the most.",
+    ),
     _option("--random-seed", "--seed", "seed", type=int, help="For requests that give none."),
     _option("--num-threads", type=int, help="CPU threads of the engine. Default: torch's own choice."),
 ]

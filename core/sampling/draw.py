@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from core.request import Request
 from core.sampling_params import SamplingParams
 
 CHUNK = 2**22  # logits worked on at a time, so that temporary tensors stay small
@@ -61,9 +61,16 @@ class Task:
         return Task(**{name: value[rows] for name, value in vars(self).items()})
 
 
-def draw(scores: Tensor, best: Tensor, part: list[int], requests: list[Request], filtered: bool) -> Tensor:
-    """Return a token for each of the rows `part`, by inverting the cumulative distribution."""
-    vocab, params = scores.shape[1], [request.params for request in requests]
+def draw(
+    scores: Tensor,
+    best: Tensor,
+    part: list[int],
+    params: Sequence[SamplingParams],
+    numbers: list[float],
+    filtered: bool,
+) -> Tensor:
+    """Return a token for each of the rows `part`, by inverting the cumulative distribution at `numbers`, in [0, 1)."""
+    vocab = scores.shape[1]
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=scores.device)[:, None]
@@ -76,7 +83,7 @@ def draw(scores: Tensor, best: Tensor, part: list[int], requests: list[Request],
         best=top,
         temperature=temperature,
         min_p=column([p.min_p for p in params]),
-        number=column([uniform(request.seed, len(request.output_ids)) for request in requests]),
+        number=column(numbers),
         top_k=column([min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params]),
         top_p=column([p.top_p for p in params]),
         mass=weights_of(rows, top, temperature).sum(-1, keepdim=True, dtype=torch.float64) if needs_mass else top * 0,

@@ -1,6 +1,7 @@
 """`make bench`: every engine that is always there runs to its end."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,17 @@ import pytest
 RUN = Path(__file__).parents[2] / "bench" / "run.py"
 
 
-def compare(*argv):
-    return subprocess.run([sys.executable, str(RUN), *map(str, argv)], capture_output=True, text=True)
+@pytest.fixture
+def compare(tmp_path):
+    """With a home of its own, where no peer is set up."""
+    environment = os.environ | {"HOME": str(tmp_path / "home")}
+    return lambda *argv: subprocess.run(
+        [sys.executable, str(RUN), *map(str, argv)], capture_output=True, text=True, env=environment
+    )
 
 
 @pytest.mark.slow
-def test_native_fallback_and_generate_stand_side_by_side(folder, tmp_path):
+def test_native_fallback_and_generate_stand_side_by_side(compare, folder, tmp_path):
     sizes = "--rounds", 1, "--concurrency", "1,2", "--prompt-len", 16, "--new", 4
     done = compare("--model", folder, *sizes, "--json", tmp_path / "all.json")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -29,7 +35,7 @@ def test_native_fallback_and_generate_stand_side_by_side(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_engine_that_fails_is_named_and_the_others_go_on(folder, tmp_path):
+def test_an_engine_that_fails_is_named_and_the_others_go_on(compare, folder, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())  # without weights
     done = compare("--model", tmp_path, "--rounds", 1, "--concurrency", 1, "--prompt-len", 4, "--new", 2)
     assert done.returncode == 1
@@ -37,7 +43,7 @@ def test_an_engine_that_fails_is_named_and_the_others_go_on(folder, tmp_path):
         assert f"{engine} failed: " in done.stdout
 
 
-def test_an_unknown_peer_is_refused():
+def test_an_unknown_peer_is_refused(compare):
     done = compare("--model", "x", "--peer", "nobody=python")
     assert done.returncode == 2
     assert "one of vllm, llamacpp" in done.stderr

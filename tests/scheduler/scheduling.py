@@ -35,7 +35,7 @@ def ran(schedule: Schedule) -> dict[str, int]:
 
 
 def finish(scheduler: Scheduler, schedule: Schedule) -> Schedule:
-    scheduler.advance(schedule.entries, [7 if entry.samples else None for entry in schedule.entries])
+    scheduler.advance(schedule.entries, [[7] if entry.samples else [] for entry in schedule.entries])
     for entry in schedule.entries:
         if len(entry.request.output_ids) == entry.request.max_tokens:
             scheduler.complete(entry.request, FinishReason.LENGTH)

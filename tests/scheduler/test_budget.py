@@ -38,11 +38,11 @@ def test_an_entry_samples_only_when_it_reaches_the_last_token() -> None:
     scheduler.add(request)
     first = scheduler.schedule().entries
     assert [entry.samples for entry in first] == [False]
-    scheduler.advance(first, [None])
+    scheduler.advance(first, [[]])
     assert (request.num_computed, request.output_ids) == (8, [])
     second = scheduler.schedule().entries
     assert [entry.samples for entry in second] == [True]
-    scheduler.advance(second, [5])
+    scheduler.advance(second, [[5]])
     assert (request.num_computed, request.output_ids) == (10, [5])
 
 

@@ -39,7 +39,7 @@ def test_a_request_cancelled_during_its_step_is_ignored_by_advance() -> None:
     scheduler.add(stays)
     entries = scheduler.schedule().entries
     scheduler.abort("a")
-    scheduler.advance(entries, [1, 2])
+    scheduler.advance(entries, [[1], [2]])
     assert (gone.output_ids, stays.output_ids) == ([], [2])
     scheduler.pool.check([stays.block_ids])
 

@@ -9,7 +9,7 @@ namespace core_kernels { namespace {
 
 constexpr int W = 16;
 constexpr int MAX_ROWS = 6;  // rows of x at once: 6 x 4 sums, 4 weights and one x are 29 of 32 registers
-constexpr int FEW_ROWS = 4;  // beside weights that are being decoded
+constexpr int FEW_ROWS = 2;  // beside weights that are being decoded
 
 constexpr int PANEL_TILE = 12;  // rows of x at once over a panel: two sums each
 constexpr int PANEL_ROWS = 24;  // of x, from which on panels are worth it

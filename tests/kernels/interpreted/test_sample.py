@@ -56,7 +56,6 @@ def test_each_row_draws_what_a_sort_would_draw(ties, fresh_inputs, device):
 
 @pytest.mark.slow
 def test_a_filtered_row_draws_what_the_sampler_draws(device):
-    from core.request import Request
     from core.sampling.draw import draw as draw_on_cpu
     from core.sampling_params import SamplingParams
 
@@ -66,14 +65,10 @@ def test_a_filtered_row_draws_what_the_sampler_draws(device):
         SamplingParams(temperature=1.1, top_p=0.7),
         SamplingParams(temperature=1.5, top_k=30, top_p=0.9, min_p=0.05),
     ]
-    requests = [
-        Request(id=str(i), prompt_ids=[1], params=one, max_tokens=9, group="", index=0, seed=1234 + i)
-        for i, one in enumerate(params)
-    ]
-    wanted = draw_on_cpu(logits, logits.max(-1).values, [0, 1, 2], requests, True).tolist()
+    numbers = [uniform(1234 + i, 0) for i in range(3)]
+    wanted = draw_on_cpu(logits, logits.max(-1).values, [0, 1, 2], params, numbers, True).tolist()
     rows = [
-        (p.temperature, p.top_k if p.top_k > 0 else VOCAB, p.top_p, p.min_p, request.seed, 0)
-        for p, request in zip(params, requests, strict=True)
+        (p.temperature, p.top_k if p.top_k > 0 else VOCAB, p.top_p, p.min_p, 1234 + i, 0) for i, p in enumerate(params)
     ]
     assert draw(logits, rows, device) == wanted
 
