@@ -19,7 +19,7 @@ from core.contracts import Kernels
 from core_hf_fallback.interface import ATTRIBUTE, BOOKKEEPING, Binding, Call
 from core_hf_fallback.patches.calls import BlockCall, LinearCalls
 from core_hf_fallback.patches.operations import Norm, rotation
-from core_hf_fallback.patches.shapes import is_hooked, linears_of, others_of, same, together
+from core_hf_fallback.patches.shapes import is_hooked, linears_of, others_of, replace_forwards, same, together
 
 GIVEN = frozenset({"hidden_states", "position_embeddings", "attention_mask", "past_key_values"})
 Projections = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # x [1, tokens, in] -> q, k, v [1, tokens, heads * dim]
@@ -47,14 +47,7 @@ class Parts:
 
 def fuse_attention(module: nn.Module, calls: LinearCalls, kernels: Kernels | None) -> list[Callable[[], None]]:
     """Replace the forward of every such block; return how to undo each."""
-    undo = []
-    for path, found in calls.blocks.items():
-        block = module.get_submodule(path)
-        made = None if len(found) != 1 or "forward" in vars(block) else recognise(block, found[0], kernels)
-        if made is not None:
-            block.forward = made  # type: ignore[method-assign]
-            undo.append(lambda block=block: delattr(block, "forward"))
-    return undo
+    return replace_forwards(module, calls, lambda block, _, call: recognise(block, call, kernels))
 
 
 @torch.inference_mode()

@@ -15,19 +15,12 @@ from torch import Tensor, nn
 from core.contracts import Kernels
 from core_hf_fallback.patches.calls import BlockCall, LinearCalls
 from core_hf_fallback.patches.operations import Norm
-from core_hf_fallback.patches.shapes import is_hooked, same
+from core_hf_fallback.patches.shapes import is_hooked, replace_forwards, same
 
 
 def fuse_layers(module: nn.Module, calls: LinearCalls, _: Kernels | None) -> list[Callable[[], None]]:
     """Replace the forward of every such layer; return how to undo each."""
-    undo = []
-    for path, found in calls.blocks.items():
-        layer = module.get_submodule(path)
-        made = None if len(found) != 1 or "forward" in vars(layer) else recognise(layer, path, calls)
-        if made is not None:
-            layer.forward = made  # type: ignore[method-assign]
-            undo.append(lambda layer=layer: delattr(layer, "forward"))
-    return undo
+    return replace_forwards(module, calls, lambda layer, path, _: recognise(layer, path, calls))
 
 
 @torch.inference_mode()

@@ -14,21 +14,14 @@ from torch import Tensor, nn
 from core.contracts import Kernels
 from core_hf_fallback.patches.calls import BlockCall, LinearCalls
 from core_hf_fallback.patches.operations import ACTIVATIONS, gated
-from core_hf_fallback.patches.shapes import is_hooked, linears_of, others_of, same, together
+from core_hf_fallback.patches.shapes import is_hooked, linears_of, others_of, replace_forwards, same, together
 
 Forward = Callable[[Tensor], Tensor]
 
 
 def fuse_gates(module: nn.Module, calls: LinearCalls, kernels: Kernels | None) -> list[Callable[[], None]]:
     """Replace the forward of every such block; return how to undo each."""
-    undo = []
-    for path, found in calls.blocks.items():
-        block = module.get_submodule(path)
-        made = None if len(found) != 1 or "forward" in vars(block) else recognise(block, found[0], kernels)
-        if made is not None:
-            block.forward = made  # type: ignore[method-assign]
-            undo.append(lambda block=block: delattr(block, "forward"))
-    return undo
+    return replace_forwards(module, calls, lambda block, _, call: recognise(block, call, kernels))
 
 
 @torch.inference_mode()

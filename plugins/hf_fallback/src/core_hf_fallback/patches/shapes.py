@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from core.layers.linear import KernelLinear, PackedLinear, SharedLinear
 from core.layers.quantized import QuantizedLinear
+from core_hf_fallback.patches.calls import BlockCall, LinearCalls
 from core_hf_fallback.patches.merged_linears import Part
 
 LINEARS = (nn.Linear, PackedLinear, KernelLinear, QuantizedLinear, SharedLinear, Part)
+
+
+def replace_forwards(
+    module: nn.Module, calls: LinearCalls, recognise: Callable[[nn.Module, str, BlockCall], Callable[..., Any] | None]
+) -> list[Callable[[], None]]:
+    """Replace the forward of every block that was called once and is recognised; return how to undo each."""
+    undo = []
+    for path, found in calls.blocks.items():
+        block = module.get_submodule(path)
+        made = None if len(found) != 1 or "forward" in vars(block) else recognise(block, path, found[0])
+        if made is not None:
+            block.forward = made
+            undo.append(lambda block=block: delattr(block, "forward"))
+    return undo
 
 
 def linears_of(block: nn.Module) -> list[tuple[str, nn.Module]]:
