@@ -134,7 +134,7 @@ NAME = "model.layers.0.mlp.up_proj"
         ),
         (
             lambda tensors: tensors.update({f"{NAME}.qweight": torch.zeros(9, 128, dtype=torch.int32)}),
-            rf"'{NAME}.qweight' of .*model.safetensors \[9, 128\] does not hold 4 or 8 bits for 64 columns",
+            rf"'{NAME}.qweight' of .*model.safetensors \[9, 128\] does not hold 4 or 8 bits for the 64 columns",
         ),
     ],
 )
