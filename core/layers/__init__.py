@@ -16,6 +16,7 @@ from core.layers.quant_formats import (
 )
 from core.layers.quantized import QuantizedLinear, QuantizedTensor, give_kernels
 from core.layers.rotary import Rotary, RotaryError, apply_rotary
+from core.layers.stack import LayerLinears, LayerNorms, LayerStack, layer_parts
 from core.layers.transposed import TransposedTensor
 
 __all__ = [
@@ -26,6 +27,9 @@ __all__ = [
     "GatedMLP",
     "HalfTensor",
     "Head",
+    "LayerLinears",
+    "LayerNorms",
+    "LayerStack",
     "Linear",
     "MergedLinear",
     "QuantizedLinear",
@@ -38,6 +42,7 @@ __all__ = [
     "apply_rotary",
     "float8_tensor",
     "give_kernels",
+    "layer_parts",
     "pack_codes",
     "pack_linears",
     "take_kernels",
