@@ -115,11 +115,15 @@ class AttentionArgs:
     chunk: int | None = None  # a token sees its own chunk of positions [n * chunk, (n + 1) * chunk) only
     softcap: float | None = None  # scores = softcap * tanh(scores / softcap), before masking
     sinks: Tensor | None = None  # [heads] logits that join the softmax without a value
-    bias: Tensor | None = None  # ALiBi slopes [heads]: adds -slope * (query position - key position)
+    # Added to the scores, by distance = query position - key position. ALiBi slopes [heads]: -slope * distance;
+    # or a table [heads, distances]: table[head, min(distance, distances - 1)], as T5's buckets are spread out.
+    bias: Tensor | None = None
 
     def non_default(self) -> frozenset[str]:
-        """Return the names of the arguments that a backend has to honour."""
-        asked = {name for name in ("window", "chunk", "softcap", "sinks", "bias") if getattr(self, name) is not None}
+        """Return the names of the arguments that a backend has to honour; a table is a "bias_table"."""
+        asked = {name for name in ("window", "chunk", "softcap", "sinks") if getattr(self, name) is not None}
+        if self.bias is not None:
+            asked.add("bias" if self.bias.dim() == 1 else "bias_table")
         return frozenset(asked if self.causal else asked | {"not_causal"})
 
 

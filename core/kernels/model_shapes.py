@@ -49,7 +49,7 @@ class ModelShape:
     windows: tuple[int | None, ...] = (None,)
     softcap: float | None = None
     has_sinks: bool = False
-    has_alibi: bool = False
+    bias: str = ""  # "slopes" (ALiBi) or "table" (T5)
     activation: str = "silu"
     plus_one: bool = False  # Gemma's norm
     interleaved: bool = False  # rotary pairs
@@ -71,7 +71,9 @@ MODELS = (
     # Not asked for by name, but what the contract and the rows tier can ask for beyond them.
     ModelShape("Gemma-2-9B", 3584, 14336, 256000, 16, 8, 256, 256, 256, (4096, None), 50.0, plus_one=True),
     ModelShape("DeepSeek-V3, absorbed", 7168, 2048, 129280, 128, 1, 576, 512, 64, interleaved=True, experts=256),
-    ModelShape("MPT-7B", 4096, 16384, 50432, 32, 32, 128, 128, 128, has_alibi=True),
+    ModelShape("MPT-7B", 4096, 16384, 50432, 32, 32, 128, 128, 128, bias="slopes"),
+    ModelShape("T5-XL's decoder", 2048, 5120, 32128, 32, 32, 64, 64, 64, bias="table"),
+    ModelShape("T5-11B's decoder", 1024, 65536, 32128, 128, 128, 128, 128, 128, bias="table"),
     ModelShape("Phi-2", 2560, 10240, 51200, 32, 32, 80, 80, 32),
     ModelShape("Qwen3-Next-80B", 2048, 512, 151936, 16, 2, 256, 256, 64, experts=512, delta_heads=32),
     ModelShape("Mamba-2-2.7B", 2560, 10240, 50288, 0, 0, 64, 64, 64, mamba_heads=80),
@@ -104,11 +106,14 @@ class Step:
         q, out = (self.made(PROMPT, model.heads, dim) for dim in (model.k_dim, model.v_dim))
         for window in model.windows:
             sinks = self.made(model.heads) if model.has_sinks else None
-            slopes = self.made(model.heads, dtype=torch.float32) if model.has_alibi else None
-            args = AttentionArgs(0.1, window=window, softcap=model.softcap, sinks=sinks, bias=slopes)
+            args = AttentionArgs(0.1, window=window, softcap=model.softcap, sinks=sinks, bias=self.bias())
             paged_prefill(q, out, call, self.ints(REQUESTS, 2), args, self.chip)
             for splits in (1, 7):
                 paged_decode(q, out, call, self.ints(REQUESTS), splits, args, self.chip)
+
+    def bias(self) -> Tensor | None:
+        sizes = {"slopes": (self.model.heads,), "table": (self.model.heads, 128)}
+        return self.made(*sizes[self.model.bias], dtype=torch.float32) if self.model.bias else None
 
     def rows(self) -> None:
         model, rows = self.model, REQUESTS

@@ -42,6 +42,8 @@ FAULTS = {  # what is wrong: (file, text, text in its place, check that must fai
     "chunk begins late": ("attention_tile", "position // chunk * chunk", "position // chunk * chunk + 1", attend("chunk")),
     "no softcap": ("attention_tile", "tanh(scores) * cap", "scores * cap", attend("softcap")),
     "ALiBi upside down": ("attention_tile", "scores -= slope", "scores += slope", attend("alibi")),
+    "distances past the table": ("attention_tile", "tl.minimum(distance, distances - 1)", "tl.minimum(distance, distances - 2)", attend("table")),
+    "another head's table": ("attention_tile", "head[:, None] * distances", "(head[:, None] + 1) % 4 * distances", attend("table")),
     "old sums not scaled": ("attention_tile", "acc * shrink[:, None]", "acc", attend()),
     "old total not scaled": ("attention_tile", "total * shrink +", "total +", attend()),
     "rest of K forgotten": ("attention_tile", "if K_REST > 0", "if K_REST > 999", attend(k_dim=40)),
