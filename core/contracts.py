@@ -271,7 +271,7 @@ class Quantizer(Protocol):
 
 
 class NormKernel(Protocol):
-    """RMSNorm over the last dimension, for x [..., size] in float32."""
+    """RMSNorm over the last dimension, for x [..., size] of the dtype that it was asked for."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -281,19 +281,26 @@ class NormKernel(Protocol):
 
 
 class GateKernel(Protocol):
-    """x [..., 2 n] in float32 -> activation(x[..., :n]) * x[..., n:], a new tensor [..., n]."""
+    """x [..., 2 n] -> activation(x[..., :n]) * x[..., n:], a new tensor [..., n]."""
 
     def __call__(self, gate_up: Tensor) -> Tensor: ...
 
 
 class RotaryKernel(Protocol):
-    """Turns x [tokens, heads, dim] in halves, in place, by cos and sin [tokens, 1, dim]; all float32."""
+    """Turns the first `rotated` dimensions of x [tokens, heads, dim], in place, by cos and sin [tokens, 1, rotated].
+
+    Pairs are (i, i + rotated / 2), interleaved ones (2 i, 2 i + 1). The angle of pair i stands at i and at
+    i + rotated / 2. All of one dtype.
+    """
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> None: ...
 
 
 class Kernels(Protocol):
-    """Fast code for one device. Whoever finds no kernel for a case computes it with torch."""
+    """Fast code for one device. Whoever finds no kernel for a case computes it with torch.
+
+    A kernel rounds where torch's operators one after the other round.
+    """
 
     name: str  # shown at start, e.g. "cpu_kernels (avx512)"
 
@@ -305,16 +312,19 @@ class Kernels(Protocol):
         """
         ...
 
-    def rms_norm(self, weight: Tensor, eps: float) -> NormKernel | None:
-        """Return x / sqrt(mean(x^2) + eps) * weight for a weight [size] that nobody changes any more."""
+    def rms_norm(self, weight: Tensor, eps: float, dtype: torch.dtype) -> NormKernel | None:
+        """Return x / sqrt(mean(x^2) + eps) * weight for a weight [size] that nobody changes any more.
+
+        The quotient is rounded to the weight's dtype, float32 or `dtype`, and the product to `dtype`, which is x's.
+        """
         ...
 
-    def gate(self, activation: str) -> GateKernel | None:
-        """Return the product of an activation ("silu", "gelu_tanh") and a second half."""
+    def gate(self, activation: str, dtype: torch.dtype) -> GateKernel | None:
+        """Return the product of an activation ("silu", "gelu", "gelu_tanh") and a second half."""
         ...
 
-    def rotary(self) -> RotaryKernel | None:
-        """Return rotary embedding in halves."""
+    def rotary(self, dtype: torch.dtype, interleaved: bool = False) -> RotaryKernel | None:
+        """Return rotary embedding, in halves or of interleaved pairs."""
         ...
 
 

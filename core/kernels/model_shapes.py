@@ -14,7 +14,7 @@ from torch import Tensor
 from core.contracts import AttentionArgs
 from core.kernels.attention_call import PagedCall
 from core.kernels.chip import Launch, RecordingChip, Target
-from core.kernels.dequant_matmul import dequant_matmul
+from core.kernels.dequant_matmul import Codes, dequant_matmul
 from core.kernels.gated_activation import gated_activation
 from core.kernels.gated_linear_attention import gated_linear_attention
 from core.kernels.gather_rows import gather_rows
@@ -51,7 +51,7 @@ class ModelShape:
     has_sinks: bool = False
     bias: str = ""  # "slopes" (ALiBi) or "table" (T5)
     activation: str = "silu"
-    plus_one: bool = False  # Gemma's norm
+    plus_one: bool = False  # Gemma's norm: its weight is float32, 1 + the stored one
     interleaved: bool = False  # rotary pairs
     experts: int = 0
     delta_heads: int = 0  # heads of gated linear attention, 128 x 128
@@ -119,7 +119,8 @@ class Step:
         model, rows = self.model, REQUESTS
         x, out = self.made(rows, model.hidden), self.made(rows, model.hidden)
         for residual in (None, out):
-            rms_norm(x, self.made(model.hidden), 1e-6, out, residual, model.plus_one, self.chip)
+            dtype = torch.float32 if model.plus_one else self.dtype
+            rms_norm(x, self.made(model.hidden, dtype=dtype), 1e-6, out, residual, self.chip)
         if model.heads:
             q, angles = self.made(rows, model.heads, model.k_dim), self.made(rows, model.rotated // 2)
             rotary(q, angles, angles, q, model.interleaved, self.chip)
@@ -129,22 +130,38 @@ class Step:
         logits = self.made(rows, model.vocab)
         sample(logits, doubles, self.ints(rows), doubles, doubles, longs, longs, longs, self.chip)
 
+    def quantized(self) -> Sequence[Codes]:
+        """Return a weight in each of the formats that there are kernels for."""
+        out, size = self.model.inner, self.model.hidden
+        group = 128 if size % 128 == 0 else 32
+        nibbles, bytes_ = (self.made(out, width, dtype=torch.uint8) for width in (size // 2, size))
+        scales, floats, zeros = (
+            self.made(out, size // group, dtype=dtype) for dtype in (self.dtype, torch.float32, torch.uint8)
+        )
+        row = self.made(out, 1, dtype=torch.float32)
+        return (
+            Codes(nibbles, scales, 4, group, size, zeros=zeros),  # AWQ, GPTQ
+            Codes(nibbles, scales, 4, group, size, middle=8),
+            Codes(nibbles, scales, 4, group, size, offsets=scales),
+            Codes(bytes_, scales, 8, group, size, zeros=zeros),
+            Codes(bytes_, row, 8, size, size, middle=128),  # int8
+            Codes(nibbles, floats, 4, group, size, table=self.made(16, dtype=torch.float32)),  # NF4
+            Codes(bytes_, floats, 8, group, size, table=self.made(256, dtype=torch.float32)),  # float8, in blocks
+            Codes(bytes_, row, 8, size, size, table=self.made(256, dtype=torch.float32)),
+        )
+
     def matrices(self) -> None:
         model, size = self.model, self.model.hidden
-        bytes_ = self.made(model.inner, size, dtype=torch.int8)
-        nibbles = self.made(model.inner, size // 2, dtype=torch.uint8)
-        row_scales = self.made(model.inner, 1)
-        group = 128 if size % 128 == 0 else 32
-        scales = self.made(model.inner, size // group)
+        weights = self.quantized()
         for rows in (1, REQUESTS, PROMPT):
             x, y = self.made(rows, size), self.made(rows, model.inner)
-            dequant_matmul(x, nibbles, scales, y, 4, zeros=scales, chip=self.chip)
-            dequant_matmul(x, bytes_, row_scales, y, 8, chip=self.chip)
+            for weight in weights:
+                dequant_matmul(x, weight, y, chip=self.chip)
             if model.experts:
-                weights = self.made(model.experts, model.inner, size)
+                experts = self.made(model.experts, model.inner, size)
                 routed = rows * 8
                 grouped_matmul(
-                    x, weights, self.ints(model.experts + 1), self.made(routed, model.inner), self.ints(routed),
+                    x, experts, self.ints(model.experts + 1), self.made(routed, model.inner), self.ints(routed),
                     chip=self.chip,
                 )  # fmt: skip
 

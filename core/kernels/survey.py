@@ -68,10 +68,10 @@ FLAGS = {
     "SOFTCAP": "softcap",
     "TABLE": "table",
     "MERGED": "split",
-    "PLUS_ONE": "plus one",
+    "MIDDLE": "middle",
     "INTERLEAVED": "interleaved",
 }
-OPTIONAL = ("sinks", "bias", "residual", "zeros", "beta", "z")
+OPTIONAL = ("sinks", "bias", "residual", "zeros", "offsets", "table", "beta", "z")
 
 
 def describe(launch: Launch) -> str:
