@@ -14,7 +14,7 @@ from core.layers.quant_formats import (
     pack_codes,
     unpack_codes,
 )
-from core.layers.quantized import QuantizedLinear, QuantizedTensor, give_kernels
+from core.layers.quantized import QuantizedLinear, QuantizedTensor, give_kernels, reads_on_device
 from core.layers.rotary import Rotary, RotaryError, apply_rotary
 from core.layers.stack import LayerLinears, LayerNorms, LayerStack, layer_parts
 from core.layers.transposed import TransposedTensor
@@ -45,6 +45,7 @@ __all__ = [
     "layer_parts",
     "pack_codes",
     "pack_linears",
+    "reads_on_device",
     "take_kernels",
     "unpack_codes",
     "unpack_linears",
