@@ -74,7 +74,7 @@ def layer_parts(
     by_head = [None if norm is None else norm.kernel for norm in (norms.q, norms.k)]
     if not qkv or not output or not gate_up or not down or before is None or between is None or gate is None:
         return None
-    if rotary.kernel is None or [norms.q is None, norms.k is None] != [one is None for one in by_head]:
+    if torch.float32 not in rotary.kernels or [norms.q is None, norms.k is None] != [one is None for one in by_head]:
         return None
     spec = attention.spec
     return LayerParts(
