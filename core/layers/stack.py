@@ -96,7 +96,7 @@ def layer_parts(
 
 
 def kernels_of(linear: nn.Module) -> list[LinearKernel]:
-    """Return the kernels that a linear multiplies with, more than one where it stayed in parts; [] if one is missing."""
+    """Return the kernels that a linear multiplies with, several where it stayed in parts; [] if one is missing."""
     parts = linear.parts if isinstance(linear, MergedLinear) and linear.parts is not None else [linear]
     found: list[LinearKernel | None] = [getattr(part, "kernel", None) for part in parts]
     return [] if None in found else [kernel for kernel in found if kernel is not None]

@@ -59,8 +59,8 @@ def is_hooked(block: nn.Module) -> bool:
 
 
 def same(found: Tensor, wanted: object) -> bool:
-    """True if two results differ by no more than the order of additions explains."""
+    """True if two results differ by no more than the order of additions, and activations of 16 bits, explain."""
     if not isinstance(wanted, Tensor) or found.shape != wanted.shape or found.dtype != wanted.dtype:
         return False
     scale = float(wanted.abs().max()) if wanted.numel() else 0.0
-    return torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * max(scale, 1e-6))
+    return torch.allclose(found, wanted, rtol=1e-4, atol=2e-4 * max(scale, 1e-6))
