@@ -11,7 +11,7 @@ from core.testing import tiny_checkpoint
 pytest.importorskip("core_cpu_kernels", reason="not installed where there is no C++ compiler")
 
 PROMPTS = [{"prompt_token_ids": ids} for ids in ([5], list(range(7, 26)), list(range(5, 65)))]
-LAYERS = {"llama": 2, "qwen3": 2, "mixtral": 0, "gemma3_text": 0}  # experts and four norms are no such layers
+LAYERS = {"llama": 4, "qwen3": 4, "mixtral": 0, "gemma3_text": 0}  # experts and four norms are no such layers
 
 
 @pytest.fixture(autouse=True)
