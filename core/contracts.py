@@ -115,11 +115,15 @@ class AttentionArgs:
     chunk: int | None = None  # a token sees its own chunk of positions [n * chunk, (n + 1) * chunk) only
     softcap: float | None = None  # scores = softcap * tanh(scores / softcap), before masking
     sinks: Tensor | None = None  # [heads] logits that join the softmax without a value
-    bias: Tensor | None = None  # ALiBi slopes [heads]: adds -slope * (query position - key position)
+    # Added to the scores, by distance = query position - key position. ALiBi slopes [heads]: -slope * distance;
+    # or a table [heads, distances]: table[head, min(distance, distances - 1)], as T5's buckets are spread out.
+    bias: Tensor | None = None
 
     def non_default(self) -> frozenset[str]:
-        """Return the names of the arguments that a backend has to honour."""
-        asked = {name for name in ("window", "chunk", "softcap", "sinks", "bias") if getattr(self, name) is not None}
+        """Return the names of the arguments that a backend has to honour; a table is a "bias_table"."""
+        asked = {name for name in ("window", "chunk", "softcap", "sinks") if getattr(self, name) is not None}
+        if self.bias is not None:
+            asked.add("bias" if self.bias.dim() == 1 else "bias_table")
         return frozenset(asked if self.causal else asked | {"not_causal"})
 
 
@@ -267,7 +271,7 @@ class Quantizer(Protocol):
 
 
 class NormKernel(Protocol):
-    """RMSNorm over the last dimension, for x [..., size] in float32."""
+    """RMSNorm over the last dimension, for x [..., size] of the dtype that it was asked for."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -277,23 +281,81 @@ class NormKernel(Protocol):
 
 
 class GateKernel(Protocol):
-    """x [..., 2 n] in float32 -> activation(x[..., :n]) * x[..., n:], a new tensor [..., n]."""
+    """x [..., 2 n] -> activation(x[..., :n]) * x[..., n:], a new tensor [..., n]."""
 
     def __call__(self, gate_up: Tensor) -> Tensor: ...
 
 
 class RotaryKernel(Protocol):
-    """Turns x [tokens, heads, dim] in halves, in place, by cos and sin [tokens, 1, dim]; all float32."""
+    """Turns the first `rotated` dimensions of x [tokens, heads, dim], in place, by cos and sin [tokens, 1, rotated].
+
+    Pairs are (i, i + rotated / 2), interleaved ones (2 i, 2 i + 1). The angle of pair i stands at i and at
+    i + rotated / 2. All of one dtype.
+    """
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> None: ...
 
 
+LinearKernel = Callable[["Tensor"], "Tensor"]  # x [..., in] -> [..., out]
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """One decoder layer, told by the kernels that it would call; all of them are from the same `Kernels`.
+
+    x += output(attention(rotary(q), rotary(k), v)), with q, k, v of attention_norm(x), heads of `head_dim` for all
+    x += down(gate(gate_up)), with gate_up of mlp_norm(x)
+    """
+
+    attention_norm: NormKernel
+    qkv: Sequence[LinearKernel]  # one that gives Q, K and V side by side, or three
+    heads: int
+    kv_heads: int
+    head_dim: int
+    q_norm: NormKernel | None  # by head, before the rotation
+    k_norm: NormKernel | None
+    layer: int  # of the attention backend
+    args: AttentionArgs
+    output: LinearKernel
+    mlp_norm: NormKernel
+    gate_up: Sequence[LinearKernel]  # one that gives both side by side, or two
+    gate: GateKernel
+    down: LinearKernel
+
+
+class DecoderKernel(Protocol):
+    """Decoder layers in one call. Gives the numbers that its layers' kernels give when they are called one by one."""
+
+    def takes(self, attention: AttentionBackend, tokens: int) -> bool:
+        """Return whether this kernel can attend in a backend's cache, and is the faster way for so many tokens."""
+        ...
+
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBackend, first: int, last: int) -> None:
+        """Add to x [tokens, hidden], in place, what layers [first, last) make of it, in `attention`'s planned step.
+
+        cos and sin [tokens, ..., head_dim] turn Q and K in halves; all float32.
+        Raises UnsupportedAttention, as `attention.attend` does.
+        """
+        ...
+
+    def time(self, on: bool) -> None:
+        """Measure what follows, or stop it; by default nothing is measured."""
+        ...
+
+    def take_times(self) -> Mapping[str, float]:
+        """Return the seconds of "linears", "attention" and "small" (all else) since the last call of this."""
+        ...
+
+
 class Kernels(Protocol):
-    """Fast code for one device. Whoever finds no kernel for a case computes it with torch."""
+    """Fast code for one device. Whoever finds no kernel for a case computes it with torch.
+
+    A kernel rounds where torch's operators one after the other round.
+    """
 
     name: str  # shown at start, e.g. "cpu_kernels (avx512)"
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+    def linear(self, weight: Tensor, bias: Tensor | None) -> LinearKernel | None:
         """Return the function x [..., in] -> [..., out] for a weight [out, in]; None if there is none for its packing.
 
         `weight` is a plain tensor or a `core.layers.QuantizedTensor`. The function may keep the weight's parts, in the
@@ -301,16 +363,23 @@ class Kernels(Protocol):
         """
         ...
 
-    def rms_norm(self, weight: Tensor, eps: float) -> NormKernel | None:
-        """Return x / sqrt(mean(x^2) + eps) * weight for a weight [size] that nobody changes any more."""
+    def rms_norm(self, weight: Tensor, eps: float, dtype: torch.dtype) -> NormKernel | None:
+        """Return x / sqrt(mean(x^2) + eps) * weight for a weight [size] that nobody changes any more.
+
+        The quotient is rounded to the weight's dtype, float32 or `dtype`, and the product to `dtype`, which is x's.
+        """
         ...
 
-    def gate(self, activation: str) -> GateKernel | None:
-        """Return the product of an activation ("silu", "gelu_tanh") and a second half."""
+    def gate(self, activation: str, dtype: torch.dtype) -> GateKernel | None:
+        """Return the product of an activation ("silu", "gelu", "gelu_tanh") and a second half."""
         ...
 
-    def rotary(self) -> RotaryKernel | None:
-        """Return rotary embedding in halves."""
+    def rotary(self, dtype: torch.dtype, interleaved: bool = False) -> RotaryKernel | None:
+        """Return rotary embedding, in halves or of interleaved pairs."""
+        ...
+
+    def decoder(self, layers: Sequence[LayerParts]) -> DecoderKernel | None:
+        """Return layers that follow each other as one kernel; None where a part is not as it has to be."""
         ...
 
 

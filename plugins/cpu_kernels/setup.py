@@ -16,7 +16,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # Plain code comes first: of functions of the standard library that several files bring, the linker keeps the first.
 SOURCES = {"csrc/library.cpp": [], "csrc/plain.cpp": []}
-ATTENTION = {"csrc/attention_library.cpp": [], "csrc/attention_plain.cpp": []}
+ATTENTION = {"csrc/attention_library.cpp": [], "csrc/stack_library.cpp": [], "csrc/attention_plain.cpp": []}
 if X86:
     FLAGS.append("-DCORE_KERNELS_X86")
     SOURCES |= {"csrc/avx2.cpp": AVX2, "csrc/avx512.cpp": AVX512}
