@@ -1,7 +1,9 @@
 """Compile the kernels: a file for each instruction set, with that set's compiler flags. The rest is pyproject.toml."""
 
+import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -26,11 +28,15 @@ HEADERS = sorted(path.name for path in Path(__file__).parent.glob("csrc/*.h"))
 
 
 class BuildKernels(build_ext):
+    def compile(self, source: str) -> list[str]:
+        flags = [*FLAGS, *SOURCES[source]]
+        return self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+
     def build_extension(self, ext: Extension) -> None:
         """Compile each source by itself, since setuptools gives all sources of an extension the same flags."""
-        for source in ext.sources:
-            flags = [*FLAGS, *SOURCES[source]]
-            ext.extra_objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [made for found in pool.map(self.compile, ext.sources) for made in found]
+        ext.extra_objects += objects
         ext.sources = []
         super().build_extension(ext)
 
