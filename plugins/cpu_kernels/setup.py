@@ -19,7 +19,7 @@ SOURCES = {"csrc/library.cpp": [], "csrc/plain.cpp": []}
 ATTENTION = {"csrc/attention_library.cpp": [], "csrc/attention_plain.cpp": []}
 if X86:
     FLAGS.append("-DCORE_KERNELS_X86")
-    SOURCES |= {"csrc/avx2.cpp": AVX2, "csrc/avx512.cpp": AVX512}
+    SOURCES |= {"csrc/avx2.cpp": AVX2, "csrc/avx512.cpp": AVX512, "csrc/integer_avx512.cpp": [*AVX512, "-mavx512vnni"]}
     ATTENTION |= {"csrc/attention_avx2.cpp": AVX2, "csrc/attention_avx512.cpp": AVX512}
 SOURCES |= ATTENTION
 HEADERS = sorted(path.name for path in Path(__file__).parent.glob("csrc/*.h"))
