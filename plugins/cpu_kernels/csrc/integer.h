@@ -52,6 +52,31 @@ struct Decoded {
     float *scales, *offsets;  // [columns / PIECE][W]
 };
 
+// ---------------------------------------------------------------------------------------------------- what packings share
+
+// The bytes of the W rows that come next, asked for a little at a time while these are decoded.
+struct NextRows {
+    const uint8_t *at, *end;
+    int64_t lines;
+
+    // `units`: how often `ask` will be called for columns [from, to) of a row
+    NextRows(const Weight& weight, int64_t n, int64_t from, int64_t to, int64_t units) {
+        const uint8_t* next = weight.codes + (n + W) * weight.row_bytes;
+        const int64_t bytes = n + 2 * W <= weight.out ? W * weight.row_bytes : 0;
+        at = next + bytes * from / weight.in, end = next + bytes * to / weight.in;
+        lines = ((end - at) / 64 + units) / units;
+    }
+    INLINE void ask() {
+        for (int64_t i = 0; i < lines && at < end; i++, at += 64) __builtin_prefetch(at);
+    }
+};
+
+// Four neighbouring codes of 4 bits for each half of the bytes of a word.
+INLINE void store_nibbles(uint8_t* low, uint8_t* high, VI words) {
+    store_codes(low, mask(words, 0x0f0f0f0f));
+    store_codes(high, mask(shift_right<4>(words), 0x0f0f0f0f));
+}
+
 // ---------------------------------------------------------------------------------------------------- x
 
 template <class Rows> bool setup_integer(Plan& plan) {
@@ -126,53 +151,73 @@ template <class Rows, int ROWS> INLINE void integer_piece(const uint8_t* codes, 
     unrolled<ROWS>([&](auto r) { sums[r] = plus(times_256(high[r]), low[r]); });
 }
 
-// ROWS rows of x from `row` on, columns [from, to), which start where `decoded` does.
-template <class Rows, int ROWS> void integer_tile(const Decoded& decoded, const IntegerX& x, const float* row, int64_t from, int64_t to, const Target& target) {
-    const int64_t stride = x.stride();
-    VF all[ROWS];
-    unrolled<ROWS>([&](auto r) { all[r] = zero(); });
-    for (int64_t k = from; k < to; k += X_BLOCK) {
-        const int64_t end = std::min(k + X_BLOCK, to);
-        VF block[ROWS];
-        unrolled<ROWS>([&](auto r) { block[r] = zero(); });
-        for (int64_t at = k; at < end; at += Rows::PIECE) {
-            VI sums[ROWS];
-            integer_piece<Rows, ROWS>(decoded.codes + (at - from) * W, x.high(row) + at, x.half, sums);
-            const float* x_sums = x.sums(row) + at / Rows::PIECE;
-            const VF scale = load(decoded.scales + (at - from) / Rows::PIECE * W);
-            if constexpr (Rows::MIDDLE < 0) {
-                const VF offset = load(decoded.offsets + (at - from) / Rows::PIECE * W);
-                unrolled<ROWS>([&](auto r) {
-                    block[r] = fma(to_float(sums[r]), scale, block[r]);
-                    all[r] = fma(set1(x_sums[r * stride]), offset, all[r]);
-                });
-            } else {
-                unrolled<ROWS>([&](auto r) {
-                    int32_t centre;
-                    memcpy(&centre, x_sums + r * stride, 4);
-                    block[r] = fma(to_float(plus(sums[r], set1_integer(centre))), scale, block[r]);
-                });
-            }
-        }
-        unrolled<ROWS>([&](auto r) { all[r] = fma(block[r], set1(x.scales(row)[r * stride + k / X_BLOCK]), all[r]); });
+// Scales the sums of the piece at column `at` and adds them up: sum_of(r) for row r of x.
+template <class Rows, int ROWS, class Sums>
+INLINE void scale_piece(const Decoded& decoded, const IntegerX& x, const float* row, int64_t from, int64_t at, const Sums& sum_of, VF* block, VF* all) {
+    const int64_t stride = x.stride(), piece = (at - from) / Rows::PIECE * W;
+    const float* x_sums = x.sums(row) + at / Rows::PIECE;
+    const VF scale = load(decoded.scales + piece);
+    if constexpr (Rows::MIDDLE < 0) {
+        const VF offset = load(decoded.offsets + piece);
+        unrolled<ROWS>([&](auto r) {
+            block[r] = fma(to_float(sum_of(r)), scale, block[r]);
+            all[r] = fma(set1(x_sums[r * stride]), offset, all[r]);
+        });
+    } else {
+        unrolled<ROWS>([&](auto r) {
+            int32_t centre;
+            memcpy(&centre, x_sums + r * stride, 4);
+            block[r] = fma(to_float(plus(sum_of(r), set1_integer(centre))), scale, block[r]);
+        });
     }
+}
+
+// Scales what a block of x with one scale came to, from column k on, and adds it to all.
+template <int ROWS> INLINE void scale_block(const IntegerX& x, const float* row, int64_t k, const VF* block, VF* all) {
+    unrolled<ROWS>([&](auto r) { all[r] = fma(block[r], set1(x.scales(row)[r * x.stride() + k / X_BLOCK]), all[r]); });
+}
+
+template <int ROWS> INLINE void add_rows(const Target& target, const VF* all) {
     unrolled<ROWS>([&](auto r) {
         const float* before = target.before ? target.before + r * target.before_stride : nullptr;
         add_lanes(target.out + r * target.stride, before, target.skip, all[r]);
     });
 }
 
-template <class Rows, int ROWS> void integer_tile_of(int rows, const Decoded& decoded, const IntegerX& x, const float* row, int64_t from, int64_t to, const Target& target) {
-    if (rows == ROWS) return integer_tile<Rows, ROWS>(decoded, x, row, from, to, target);
-    if constexpr (ROWS > 1) integer_tile_of<Rows, ROWS - 1>(rows, decoded, x, row, from, to, target);
+// ROWS rows of x from `row` on, columns [from, to), which start where `decoded` does.
+template <class Rows, int ROWS> struct IntegerTile {
+    static void run(const Decoded& decoded, const IntegerX& x, const float* row, int64_t from, int64_t to, const Target& target) {
+        VF all[ROWS];
+        unrolled<ROWS>([&](auto r) { all[r] = zero(); });
+        for (int64_t k = from; k < to; k += X_BLOCK) {
+            const int64_t end = std::min(k + X_BLOCK, to);
+            VF block[ROWS];
+            unrolled<ROWS>([&](auto r) { block[r] = zero(); });
+            for (int64_t at = k; at < end; at += Rows::PIECE) {
+                VI sums[ROWS];
+                integer_piece<Rows, ROWS>(decoded.codes + (at - from) * W, x.high(row) + at, x.half, sums);
+                scale_piece<Rows, ROWS>(decoded, x, row, from, at, [&](auto r) { return sums[r]; }, block, all);
+            }
+            scale_block<ROWS>(x, row, k, block, all);
+        }
+        add_rows<ROWS>(target, all);
+    }
+};
+
+template <template <class, int> class Tile, class Rows, int ROWS>
+void tile_of_rows(int rows, const Decoded& decoded, const IntegerX& x, const float* row, int64_t from, int64_t to, const Target& target) {
+    if (rows == ROWS) return Tile<Rows, ROWS>::run(decoded, x, row, from, to, target);
+    if constexpr (ROWS > 1) tile_of_rows<Tile, Rows, ROWS - 1>(rows, decoded, x, row, from, to, target);
 }
 
-template <class Rows> void multiply_integer(const Plan& plan, const Call& call, int64_t first, int64_t last) {
+// MOST rows of x at a time; `before(rows)` is called for each such tile.
+template <class Rows, template <class, int> class Tile, int MOST, class Before>
+void multiply_tiles(const Plan& plan, const Call& call, int64_t first, int64_t last, const Before& before) {
     const Weight& weight = plan.weight;
     const Rows rows(plan);
     const IntegerX x(weight, Rows::PIECE);
     const int64_t chunks = (weight.in + CHUNK - 1) / CHUNK, chunk = (weight.in + chunks * 256 - 1) / (chunks * 256) * 256;
-    const int64_t pieces = chunk / Rows::PIECE, tiles = (call.rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+    const int64_t pieces = chunk / Rows::PIECE, tiles = (call.rows + MOST - 1) / MOST;
     float* memory = worker_memory(chunk * W / 4 + 2 * pieces * W);
     const Decoded decoded{reinterpret_cast<uint8_t*>(memory), memory + chunk * W / 4, memory + chunk * W / 4 + pieces * W};
     for (int64_t start = first; start < last; start += W) {
@@ -185,10 +230,15 @@ template <class Rows> void multiply_integer(const Plan& plan, const Call& call, 
                 float* out = call.out + m * weight.out + n;
                 Target target{out, weight.out, out, weight.out, int(start - n)};
                 if (from == 0) target.before = weight.bias ? weight.bias + n : nullptr, target.before_stride = 0;
-                integer_tile_of<Rows, ROWS_AT_ONCE>(int(count), decoded, x, call.x + m * plan.x_stride, from, to, target);
+                before(int(count));
+                tile_of_rows<Tile, Rows, MOST>(int(count), decoded, x, call.x + m * plan.x_stride, from, to, target);
             }
         }
     }
+}
+
+template <class Rows> void multiply_integer(const Plan& plan, const Call& call, int64_t first, int64_t last) {
+    multiply_tiles<Rows, IntegerTile, ROWS_AT_ONCE>(plan, call, first, last, [](int) {});
 }
 
 }}  // namespace core_kernels

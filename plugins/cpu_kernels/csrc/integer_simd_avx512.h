@@ -49,6 +49,17 @@ INLINE VI load_word_turned(const uint8_t* at, int64_t stride) {
 INLINE VF low_halves(VI v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)); }
 INLINE VF high_halves(VI v) { return low_halves(_mm512_srli_epi32(v, 16)); }
 
+// 16 in byte j of a lane where its bit j is set, of 4.
+INLINE VI sixteens(VI bits) {
+    const VI found = _mm512_setr_epi32(0, 0x10, 0x1000, 0x1010, 0x100000, 0x100010, 0x101000, 0x101010, 0x10000000, 0x10000010,
+                                       0x10001000, 0x10001010, 0x10100000, 0x10100010, 0x10101000, 0x10101010);
+    return _mm512_permutexvar_epi32(bits, found);
+}
+// For each byte below 16 the byte of a table.
+INLINE VI look_up_bytes(const uint8_t* table, VI codes) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), codes);
+}
+
 // Lanes [skip, W) of a sum, onto what `before` has there.
 INLINE void add_lanes(float* out, const float* before, int skip, VF v) {
     const __mmask16 lanes = __mmask16(0xffffu << skip);

@@ -19,6 +19,10 @@ extern const InstructionSet plain_set;
 #ifdef CORE_KERNELS_X86
 extern const InstructionSet avx2_set, avx512_set, avx512vnni_set;
 #endif
+#ifdef CORE_KERNELS_AMX
+extern const InstructionSet amx_set;
+bool machine_has_tiles();
+#endif
 
 namespace {
 
@@ -29,6 +33,9 @@ Parallel run_parallel = nullptr;
 MaxThreads max_threads = nullptr;
 
 bool machine_has(const InstructionSet& set) {
+#ifdef CORE_KERNELS_AMX
+    if (&set == &amx_set) return machine_has(avx512vnni_set) && machine_has_tiles();
+#endif
 #ifdef CORE_KERNELS_X86
     __builtin_cpu_init();
     if (&set == &avx512vnni_set) return __builtin_cpu_supports("avx512vnni") && machine_has(avx512_set);
@@ -41,6 +48,9 @@ bool machine_has(const InstructionSet& set) {
 }
 
 const InstructionSet* const all_sets[] = {
+#ifdef CORE_KERNELS_AMX
+    &amx_set,
+#endif
 #ifdef CORE_KERNELS_X86
     &avx512vnni_set, &avx512_set, &avx2_set,
 #endif

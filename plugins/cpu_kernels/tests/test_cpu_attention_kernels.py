@@ -21,7 +21,7 @@ import core_cpu_kernels
 from core_cpu_kernels.attention import CpuKernelAttention
 from core_cpu_kernels.library import instruction_sets
 
-SETS = [name for name in instruction_sets() if name != "avx512vnni"]  # that one has the code of avx512
+SETS = [name for name in instruction_sets() if name not in ("amx", "avx512vnni")]  # those have the code of avx512
 
 BOUND = 1e-5  # relative, by norm, of float32
 HALF_BOUND = {torch.float32: BOUND, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # answers are rounded to these

@@ -19,8 +19,7 @@ from core_cpu_kernels.library import instruction_sets
 
 BOUND = 2e-6  # relative, by norm: what accumulation in float32 explains
 BYTES_BOUND = 1e-4  # where x is brought to 16 bits for products of bytes
-BYTES_ROWS = {"avx512vnni": 16}  # instruction set -> up to which number of rows that is done
-BYTES_PACKINGS = ("affine4", "affine8", "ggml:Q4_0", "ggml:Q4_1", "ggml:Q8_0")
+BYTES_ROWS = {"amx": 16, "avx512vnni": 16}  # instruction set -> up to which number of rows that is done
 ROWS = [1, 2, 3, 4, 5, 6, 7, 13, 23, 24, 33, 129, 512]
 NF4 = (-1.0, -0.69, -0.52, -0.39, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16, 0.24, 0.33, 0.44, 0.56, 0.72, 1.0)
 HALVES_AT = {  # where a block keeps its scale and its min
@@ -37,6 +36,9 @@ HALVES_AT = {  # where a block keeps its scale and its min
     "Q5_K": (0, 2),
     "Q6_K": (208,),
 }
+
+
+BYTES_PACKINGS = ("affine4", "affine8", *(f"ggml:{kind}" for kind in HALVES_AT))
 
 
 @pytest.fixture(params=instruction_sets())
@@ -97,6 +99,10 @@ def ggml(kind, out, size, seed=0):
         scale = torch.randn(out, size // columns, 1, generator=made).mul(0.01).half()
         blocks[..., at : at + 2] = scale.view(torch.uint8)
     return GgmlTensor({"blocks": blocks.view(out, -1)}, size, torch.float32, kind=kind)
+
+
+def assert_close(found, wanted):
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=2e-4)
 
 
 def bound_of(kernels, weight, rows):
@@ -175,7 +181,7 @@ def test_floats_are_multiplied_as_they_lie(kernels, size, dtype):
 # ---- products of bytes: what is unusual about an x costs no more than the stated error, and stays where it is
 
 OUT, SIZE = 37, 768
-FEW = (1, 4, 16)
+FEW = (1, 3, 4, 16)
 
 
 @pytest.fixture(params=BYTES_PACKINGS)
@@ -189,69 +195,71 @@ def numbers(rows):
     return torch.randn(rows, SIZE, generator=torch.Generator().manual_seed(rows))
 
 
-def error(kernels, weight, x):
-    wanted = x.double() @ weight.decode().double().T
-    found = kernels.linear(weight, None)(x).double()
-    return ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max()
+def assert_exact_enough(kernels, weight, change):
+    """Row by row, in float64, for every few rows of numbers that `change` has changed where they are."""
+    linear, floats = kernels.linear(weight, None), weight.decode().double()
+    for rows in FEW:
+        x = numbers(rows)
+        change(x)
+        wanted = x.double() @ floats.T
+        error = ((linear(x).double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max()
+        assert error < 3 * bound_of(kernels, weight, rows), f"{rows} rows: {error:.2e}"
 
 
-@pytest.mark.parametrize("rows", FEW)
-def test_an_outlier_leaves_columns_beyond_its_block_as_exact_as_they_were(kernels, rows):
+def test_an_outlier_leaves_columns_beyond_its_block_as_exact_as_they_were(kernels):
     """The weights of its own 128 columns are zeros, so that the answer is that of the others."""
-    weight, x = affine(4, OUT, SIZE, 64), numbers(rows)
+    weight = affine(4, OUT, SIZE, 64)
     weight.parts["scales"][:, 2:4] = 0
-    x[:, 130] = 1e6
-    assert error(kernels, weight, x) < bound_of(kernels, weight, rows) * 3
+    assert_exact_enough(kernels, weight, lambda x: x[:, 130].fill_(1e6))
 
 
-@pytest.mark.parametrize("rows", FEW)
-@pytest.mark.parametrize("size", [1e30, 1e-30])
-def test_very_large_and_very_small_numbers(kernels, weight, rows, size):
-    assert error(kernels, weight, numbers(rows) * size) < bound_of(kernels, weight, rows) * 3
+def test_very_large_and_very_small_numbers(kernels, weight):
+    for size in (1e30, 1e-30):
+        assert_exact_enough(kernels, weight, lambda x, size=size: x.mul_(size))
 
 
-@pytest.mark.parametrize("rows", FEW)
-def test_blocks_of_very_different_size_in_one_row(kernels, weight, rows):
-    x = numbers(rows)
-    x[:, :128] *= 1e20
-    x[:, 128:256] *= 1e-30
-    x[:, 256:384] = 0
-    assert error(kernels, weight, x) < bound_of(kernels, weight, rows) * 3
+def test_blocks_of_very_different_size_in_one_row(kernels, weight):
+    def change(x):
+        x[:, :128] *= 1e20
+        x[:, 128:256] *= 1e-30
+        x[:, 256:384] = 0
+
+    assert_exact_enough(kernels, weight, change)
 
 
-@pytest.mark.parametrize("rows", FEW)
-def test_zeros_give_the_bias_and_denormal_numbers_what_rounds_to_it(kernels, weight, rows):
+def test_zeros_give_the_bias_and_denormal_numbers_what_rounds_to_it(kernels, weight):
     bias = torch.randn(OUT)
     linear = kernels.linear(weight, bias)
-    for value in (0.0, 1e-40, -1e-44):
-        assert torch.equal(linear(torch.full((rows, SIZE), value)), bias.expand(rows, -1))
+    for rows in FEW:
+        for value in (0.0, 1e-40, -1e-44):
+            assert torch.equal(linear(torch.full((rows, SIZE), value)), bias.expand(rows, -1))
 
 
-@pytest.mark.parametrize("rows", FEW)
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_what_is_not_finite_spoils_its_own_row_and_no_other(kernels, weight, rows, value):
-    x = numbers(rows + 1)[:rows]
-    wanted = x.double() @ weight.decode().double().T
-    x[rows // 2, 400] = value
-    found = kernels.linear(weight, None)(x)
-    others = torch.arange(rows) != rows // 2
-    assert not found[rows // 2].isfinite().any()
-    assert (found[others].double() - wanted[others]).norm() <= BYTES_BOUND * wanted.norm()
+def test_what_is_not_finite_spoils_its_own_row_and_no_other(kernels, weight):
+    linear, floats = kernels.linear(weight, None), weight.decode().double()
+    for rows in FEW:
+        wanted, others = numbers(rows).double() @ floats.T, torch.arange(rows) != rows // 2
+        for value in (torch.inf, -torch.inf, torch.nan):
+            x = numbers(rows)
+            x[rows // 2, 400] = value
+            found = linear(x)
+            assert not found[rows // 2].isfinite().any()
+            assert (found[others].double() - wanted[others]).norm() <= BYTES_BOUND * wanted.norm()
 
 
 def test_the_largest_codes_and_numbers_do_not_overflow(kernels):
-    """255 * 127 * 257 in each of 128 columns that share a scale: a third of what 32 bits hold."""
+    """255 * 127 * 257 in each of 128 columns that share a scale: half of what 31 bits hold."""
     weight = affine(8, OUT, SIZE, 128, "offsets", torch.float32)
     weight.parts["codes"].fill_(255)
     weight.parts["offsets"].zero_()
-    for sign in (1, -1):
-        assert error(kernels, weight, torch.full((4, SIZE), 3.0 * sign)) < 1e-6
+    for value in (3.0, -3.0):
+        assert_exact_enough(kernels, weight, lambda x, value=value: x.fill_(value))
 
 
-def test_fewer_outputs_than_a_vector_has_lanes_and_a_last_vector_that_overlaps(kernels):
+def test_a_last_vector_of_outputs_may_overlap_the_one_before_it(kernels):
     for out in (15, 16, 17, 31, 33):
         for kind in ("Q4_1", "Q8_0"):
-            assert_right(kernels, ggml(kind, out, 576), [1, 5], bias=torch.randn(out))
+            assert_right(kernels, ggml(kind, out, 576), [1, 5, 11], bias=torch.randn(out))
 
 
 # ---- all kernels
@@ -292,9 +300,9 @@ def test_shapes_and_dtypes_of_x(kernels):
     weight = affine(4, 24, 64, 32)
     linear, x = kernels.linear(weight, None), torch.randn(2, 3, 64)
     wanted = nn.functional.linear(x, weight.decode())
-    torch.testing.assert_close(linear(x), wanted)
-    torch.testing.assert_close(linear(x.transpose(0, 1)), wanted.transpose(0, 1))
-    torch.testing.assert_close(linear(x[0, 0]), wanted[0, 0])
+    assert_close(linear(x), wanted)
+    assert_close(linear(x.transpose(0, 1)), wanted.transpose(0, 1))
+    assert_close(linear(x[0, 0]), wanted[0, 0])
     assert linear(x[:0]).shape == (0, 3, 24)
     for dtype in (torch.float16, torch.bfloat16):
         assert linear(x.to(dtype)).dtype == dtype
@@ -317,7 +325,7 @@ def test_a_function_outlives_the_weight_it_came_from_and_copies_share_it(kernels
     wanted = nn.functional.linear(x, weight.decode())
     linear = copy.deepcopy(kernels.linear(weight, None))
     del weight
-    torch.testing.assert_close(linear(x), wanted)
+    assert_close(linear(x), wanted)
 
 
 def test_modules_get_their_kernels(kernels):
@@ -328,7 +336,7 @@ def test_modules_get_their_kernels(kernels):
     wanted = nn.functional.linear(x, weight.decode(), model[0].bias)
     pack_linears(model, kernels=kernels)
     with torch.inference_mode():
-        torch.testing.assert_close(model(x), wanted)
+        assert_close(model(x), wanted)
     assert model[0].weight.parts["codes"].data_ptr() == weight.parts["codes"].data_ptr()
 
 

@@ -18,7 +18,7 @@ from core.errors import PluginError
 
 ABI = 2
 ISA_VARIABLE = "CORE_CPU_KERNELS_ISA"  # one of these instead of the best that the machine has
-INSTRUCTION_SETS = ("avx512vnni", "avx512", "avx2", "plain")  # the best first
+INSTRUCTION_SETS = ("amx", "avx512vnni", "avx512", "avx2", "plain")  # the best first
 
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64

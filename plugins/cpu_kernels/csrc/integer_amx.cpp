@@ -1,0 +1,16 @@
+// Dot products of bytes, compiled for machines with tiles of bytes.
+#include "integer_simd_avx512.h"
+#include "integer_amx.h"
+#include "integer_find.h"
+
+namespace core_kernels {
+
+namespace {
+template <class Rows> struct Amx {
+    static constexpr auto multiply = multiply_amx<Rows>;
+};
+}  // namespace
+
+const Packing* find_integer_amx(const Weight& weight) { return find_integer<Amx>(weight); }
+
+}  // namespace core_kernels
