@@ -15,7 +15,7 @@ namespace {
 const Packing* find_floats(int32_t packing) { return avx512_set.find(packing); }
 }  // namespace
 
-constexpr InstructionSet amx_set = {"amx", find_floats, {rms_norm, gate, rotate}, find_integer_amx, 16};
+constexpr InstructionSet amx_set = {"amx", find_floats, {rms_norm, gate, rotate}, find_integer_amx};
 
 // And this process may use them: Linux has to be asked, since a thread then takes 8 KB more to save.
 bool machine_has_tiles() {

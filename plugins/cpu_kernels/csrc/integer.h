@@ -113,13 +113,13 @@ template <class Rows> INLINE void prepare_block(const float* x, int64_t columns,
 template <class Rows> void prepare_integer(const Plan& plan, const float* x, int64_t rows, float* prepared, float*) {
     const Weight& weight = plan.weight;
     const IntegerX to(weight, Rows::PIECE);
-    std::vector<float> ordered(weight.order ? size_t(weight.in) : 0);
+    float* ordered = weight.order ? worker_memory(weight.in) : nullptr;
     for (int64_t m = 0; m < rows; m++) {
         const float* from = x + m * weight.in;
         float* row = prepared + m * plan.x_stride;
         if (weight.order) {
-            for (int64_t k = 0; k < weight.in; k++) ordered[size_t(k)] = from[weight.order[k]];
-            from = ordered.data();
+            for (int64_t k = 0; k < weight.in; k++) ordered[k] = from[weight.order[k]];
+            from = ordered;
         }
         for (int64_t k = 0; k < weight.in; k += X_BLOCK)
             prepare_block<Rows>(from + k, std::min(X_BLOCK, weight.in - k), to.high(row) + k, to.low(row) + k, to.scales(row) + k / X_BLOCK, to.sums(row) + k / Rows::PIECE);

@@ -1,4 +1,4 @@
-// Which packing has products of bytes. Functions<Rows>::multiply is the loops.
+// Which packing has products of bytes. Functions<Rows> has the loops, `multiply`, and `most_rows`.
 #pragma once
 
 #include "integer_ggml.h"
@@ -7,7 +7,7 @@
 namespace core_kernels { namespace {
 
 template <template <class> class Functions, class Rows> const Packing* integer_packing() {
-    static const Packing found = {setup_integer<Rows>, prepare_integer<Rows>, Functions<Rows>::multiply, no_sum_floats};
+    static const Packing found = {setup_integer<Rows>, prepare_integer<Rows>, Functions<Rows>::multiply, no_sum_floats, Functions<Rows>::most_rows};
     return &found;
 }
 
