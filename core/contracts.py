@@ -326,8 +326,8 @@ class LayerParts:
 class DecoderKernel(Protocol):
     """Decoder layers in one call. Gives the numbers that its layers' kernels give when they are called one by one."""
 
-    def takes(self, attention: AttentionBackend | None) -> bool:
-        """Return whether this kernel can attend in a backend's cache."""
+    def takes(self, attention: AttentionBackend, tokens: int) -> bool:
+        """Return whether this kernel can attend in a backend's cache, and is the faster way for so many tokens."""
         ...
 
     def run(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBackend, first: int, last: int) -> None:

@@ -36,10 +36,12 @@ class LayerStack:
     def run(self, x: Tensor, rotation: tuple[Tensor, Tensor], attention: AttentionBackend | None) -> bool:
         """Add to x [tokens, hidden], in place, what the layers make of it.
 
-        False, with nothing done, where they have to run one by one: they are looked at, x is not float32, or the
-        attention backend is not the kernel's own.
+        False, with nothing done, where they have to run one by one: they are looked at, x is not float32, the
+        attention backend is not the kernel's own, or there are so many tokens that one by one is no slower.
         """
-        if attention is None or x.dtype is not torch.float32 or self.is_hooked or not self.kernel.takes(attention):
+        if attention is None or x.dtype is not torch.float32 or self.is_hooked:
+            return False
+        if not self.kernel.takes(attention, len(x)):
             return False
         self.kernel.run(x, *rotation, attention, 0, self.count)
         return True

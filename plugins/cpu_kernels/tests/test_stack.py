@@ -114,7 +114,7 @@ def test_every_instruction_set_runs_layers_together(instruction_set, runs, tmp_p
     assert_same_together(checkpoint_of("llama", tmp_path), runs)
 
 
-def test_a_prompt_in_one_step_and_a_cache_of_two_bytes(runs, tmp_path):
+def test_long_prompts_run_one_by_one_and_a_cache_may_have_two_bytes(runs, tmp_path):
     assert_same_together(checkpoint_of("llama", tmp_path), runs, budget=256, kv_cache_dtype="bfloat16")
 
 

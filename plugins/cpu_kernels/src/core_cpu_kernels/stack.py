@@ -20,6 +20,7 @@ from core_cpu_kernels.elementwise import GateKernel, NormKernel
 from core_cpu_kernels.kernels import KernelFunction
 from core_cpu_kernels.library import Library
 
+MOST_TOKENS = 32  # beyond it calls cost nothing beside the products, and each of those chooses its own way to multiply
 PARTS = ("linears", "attention", "small")  # csrc/stack.h's StackPart
 
 
@@ -98,8 +99,8 @@ class DecoderKernel:
         self._bound: _Bound | None = None
         self._seconds = (ctypes.c_double * len(PARTS))()
 
-    def takes(self, attention: AttentionBackend | None) -> bool:
-        return isinstance(attention, CpuKernelAttention)
+    def takes(self, attention: AttentionBackend, tokens: int) -> bool:
+        return isinstance(attention, CpuKernelAttention) and tokens <= MOST_TOKENS
 
     def run(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBackend, first: int, last: int) -> None:
         assert isinstance(attention, CpuKernelAttention)

@@ -124,7 +124,8 @@ class LlamaModel(nn.Module):
         if self.stack is None or not self.stack.run(x, rotation, batch.attention):
             for layer in self.layers:
                 x = layer(x, rotation, batch)
-        logits: Tensor = self.head(self.norm(x[batch.logit_rows]))
+        rows = x if len(batch.logit_rows) == len(x) else x[batch.logit_rows]  # ascending, so all of them are x
+        logits: Tensor = self.head(self.norm(rows))
         return logits
 
     def release(self, request_id: str) -> None:
