@@ -6,10 +6,7 @@
 namespace core_kernels { namespace {
 
 constexpr int ROWS_AT_ONCE = 4;  // rows of x over a vector of codes
-#ifndef IR
-#define IR 512
-#endif
-constexpr int64_t INTEGER_ROWS = IR;
+constexpr int64_t INTEGER_ROWS = 512;
 
 // sum of each lane's four products of unsigned codes and four signed bytes of x, onto `before`
 inline VI dot(VI before, VI codes, const int8_t* four) {
