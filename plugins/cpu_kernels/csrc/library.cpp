@@ -3,20 +3,23 @@
 // There is no pool of threads here: work is handed to the OpenMP runtime that torch runs on, found by the caller and
 // passed in as two functions, so that both share one set of threads.
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
 #include "instruction_set.h"
 #include "scratch.h"
-#include "threads.h"
+#include "shares.h"
+#include "tiled.h"
 
 namespace core_kernels {
 
 extern const InstructionSet plain_set;
 #ifdef CORE_KERNELS_X86
 extern const InstructionSet avx2_set, avx512_set;
+#endif
+#ifdef CORE_KERNELS_AMX
+extern const InstructionSet amx_set;
 #endif
 
 namespace {
@@ -28,6 +31,9 @@ Parallel run_parallel = nullptr;
 MaxThreads max_threads = nullptr;
 
 bool machine_has(const InstructionSet& set) {
+#ifdef CORE_KERNELS_AMX
+    if (&set == &amx_set) return machine_has(avx512_set) && machine_has_tiles();
+#endif
 #ifdef CORE_KERNELS_X86
     __builtin_cpu_init();
     if (&set == &avx512_set)
@@ -39,6 +45,9 @@ bool machine_has(const InstructionSet& set) {
 }
 
 const InstructionSet* const all_sets[] = {
+#ifdef CORE_KERNELS_AMX
+    &amx_set,
+#endif
 #ifdef CORE_KERNELS_X86
     &avx512_set, &avx2_set,
 #endif
@@ -51,25 +60,6 @@ struct Ready {
 };
 
 thread_local Scratch scratch;
-
-// Hands ranges of [0, total) to the threads of torch until none is left; `run(shared, first, last)` does one.
-struct Shares {
-    void (*run)(const void* shared, int64_t first, int64_t last);
-    const void* shared;
-    int64_t total, chunk;
-    std::atomic<int64_t> next;
-};
-
-void work(void* given) {
-    Shares& shares = *static_cast<Shares*>(given);
-    for (int64_t first = shares.next.fetch_add(shares.chunk); first < shares.total; first = shares.next.fetch_add(shares.chunk))
-        shares.run(shares.shared, first, std::min(first + shares.chunk, shares.total));
-}
-
-void share_out(Shares& shares, int threads) {
-    if (threads == 1 || shares.chunk >= shares.total) return shares.run(shares.shared, 0, shares.total);
-    on_threads(threads, work, &shares);
-}
 
 struct Job {
     const Ready* ready;
@@ -161,6 +151,8 @@ EXPORT void core_kernels_free(void* ready) { delete static_cast<Ready*>(ready); 
 // out[rows, out] = x[rows, in] @ weight.T + bias. Nonzero: out of memory.
 EXPORT int32_t core_kernels_linear(const void* given, const float* x, float* out, int64_t rows) {
     const Ready& ready = *static_cast<const Ready*>(given);
+    const Tiled* tiled = ready.packing->tiled;
+    if (tiled && rows >= tiled->from_rows) return !multiply_tiled(*tiled, ready.plan, x, out, rows);
     const int64_t floats = rows * ready.plan.x_stride, sum_floats = rows == 1 ? ready.packing->sum_floats(ready.plan) : 0;
     float* memory = scratch.get(floats + sum_floats);
     if (!memory) return 1;
