@@ -36,7 +36,13 @@ template <> constexpr int terms<Halves<true>> = 1;
 template <> constexpr int terms<Halves<false>> = 2;
 
 // Rows of x from which on tiles are worth it.
-template <class Format> constexpr int TILED_ROWS = 8;
+template <class Format> constexpr int TILED_ROWS = 12;
+template <> constexpr int TILED_ROWS<Halves<true>> = 8;
+template <> constexpr int TILED_ROWS<Halves<false>> = 24;
+template <> constexpr int TILED_ROWS<FloatSegments> = 20;
+template <> constexpr int TILED_ROWS<Words<8, false>> = 24;
+template <class Q> constexpr int TILED_ROWS<Blocks<Q>> = 24;
+template <> constexpr int TILED_ROWS<Blocks<Q8>> = 12;
 
 template <class Format> INLINE void cut_segment(const Format& format, const typename Format::Row& row, int64_t s, uint16_t* to) {
     constexpr int TERMS = terms<Format>;

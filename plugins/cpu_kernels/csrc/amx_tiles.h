@@ -73,18 +73,27 @@ INLINE void multiply_second() {
     _tile_dpbf16ps(3, 5, 7);
 }
 
+// Asks for a tile of the next step: tiles are loaded line by line, and each line would wait for the second cache.
+INLINE void ask_for(const uint16_t* tile) {
+    unrolled<16>([&](auto line) { _mm_prefetch(reinterpret_cast<const char*>(tile) + line * 64, _MM_HINT_T0); });
+}
+
 // 32 columns of 32 rows of the weight, [2][TERMS] tiles, times 32 rows of x: `first` and `second`, [X_TERMS] tiles each.
 // The smallest products come first, and each tile is loaded as seldom as eight registers allow.
 template <int TERMS> INLINE void tile_step(const uint16_t* weights, const uint16_t* first, const uint16_t* second) {
     const auto load_term = [&](int term) { load_weights(weights + term * TILE, weights + (TERMS + term) * TILE); };
     const auto load_x = [&](int term) { load_first_x(first + term * TILE), load_second_x(second + term * TILE); };
-    const auto multiply = [] { multiply_first(), multiply_second(); };
-    load_term(0), load_x(2), multiply();
-    load_x(1), multiply();
-    if constexpr (TERMS > 1) load_term(1), multiply();
-    load_x(0), multiply();
-    if constexpr (TERMS > 2) load_term(2), multiply();
-    if constexpr (TERMS > 1) load_term(0), multiply();
+    const auto multiply = [&](int part) {
+        multiply_first(), multiply_second();
+        if (part < X_TERMS) ask_for(first + (X_TERMS + part) * TILE), ask_for(second + (X_TERMS + part) * TILE);
+        if (part < TERMS) ask_for(weights + (2 * TERMS + part) * TILE), ask_for(weights + (3 * TERMS + part) * TILE);
+    };
+    load_term(0), load_x(2), multiply(0);
+    load_x(1), multiply(1);
+    if constexpr (TERMS > 1) load_term(1), multiply(2);
+    load_x(0), multiply(TERMS > 1 ? 3 : 2);
+    if constexpr (TERMS > 2) load_term(2), multiply(4);
+    if constexpr (TERMS > 1) load_term(0), multiply(5);
 }
 
 // The same for 16 rows of x. Each product has to wait for the one before it, so they are added to two sums in turn: 2 and 3
