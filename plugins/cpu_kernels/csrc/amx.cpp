@@ -1,6 +1,6 @@
 // The kernels of machines that have AVX-512 and tiles of bfloat16: few rows as there, many rows by tiles.
 #include "simd_avx512.h"
-#include "amx.h"
+#include "amx_codes.h"
 #include "elementwise.h"
 #include "instruction_set.h"
 
@@ -10,7 +10,7 @@ extern const InstructionSet avx512_set, amx_set;
 namespace {
 
 template <class Format> const Packing* tiled_packing(int32_t packing_id) {
-    static const Tiled tiled = {TILED_ROWS<Format>, X_TERMS, cut_x, tiled_multiply<Format>};
+    static const Tiled tiled = {TILED_ROWS<Format>, X_TERMS, cut_x_of<Format>, multiply_tiles<Format>};
     static const Packing found = [&] {
         Packing copy = *avx512_set.find(packing_id);
         copy.tiled = &tiled;

@@ -27,7 +27,9 @@ struct FloatSegments : Halves<false> {
         unrolled<VECTORS>([&](auto i) { __builtin_prefetch(ahead + i * 64, 0, 2); });
         return {at, int(left < SEGMENT ? left : SEGMENT)};
     }
-    template <int I> INLINE VF raw(const Segment& segment) const { return load_first(segment.at + I * W, segment.left - I * W); }
+    template <int I> INLINE VF raw(const Segment& segment) const {
+        return segment.left == SEGMENT ? load(segment.at + I * W) : load_first(segment.at + I * W, segment.left - I * W);
+    }
 };
 
 // Terms that a format's weights are cut into.
@@ -38,11 +40,12 @@ template <> constexpr int terms<Halves<false>> = 2;
 // Rows of x from which on tiles are worth it.
 template <class Format> constexpr int TILED_ROWS = 12;
 template <> constexpr int TILED_ROWS<Halves<true>> = 8;
-template <> constexpr int TILED_ROWS<Halves<false>> = 24;
-template <> constexpr int TILED_ROWS<FloatSegments> = 20;
-template <> constexpr int TILED_ROWS<Words<8, false>> = 24;
-template <class Q> constexpr int TILED_ROWS<Blocks<Q>> = 24;
-template <> constexpr int TILED_ROWS<Blocks<Q8>> = 12;
+template <> constexpr int TILED_ROWS<Halves<false>> = 20;
+template <> constexpr int TILED_ROWS<FloatSegments> = 14;
+template <> constexpr int TILED_ROWS<Words<4, false>> = 8;
+template <int HEAD, bool TABLE> constexpr int TILED_ROWS<Nibbles<HEAD, TABLE>> = 8;
+template <class Q> constexpr int TILED_ROWS<Blocks<Q>> = 20;
+template <> constexpr int TILED_ROWS<Blocks<Q8>> = 8;
 
 template <class Format> INLINE void cut_segment(const Format& format, const typename Format::Row& row, int64_t s, uint16_t* to) {
     constexpr int TERMS = terms<Format>;
@@ -63,16 +66,20 @@ inline void write_tiles(const Plan& plan, float* low, float* high, float* out, i
     for (int m = 0; m < count; m++) add_to(plan, out + m * plan.weight.out, n, last, load(low + m * W), load(high + m * W), first_block);
 }
 
+// Steps of 32 columns that 16 rows of x have place for: those that there are, and one more for each 32 (amx_codes.h).
+inline int64_t tiles_of_x(int64_t steps) { return steps + (steps + 31) / 32; }
+
 template <class Format> void tiled_multiply(const Plan& plan, const TiledCall& call, int64_t first, int64_t last) {
     constexpr int STEPS = Format::VECTORS / 2, TERMS = terms<Format>;
     const Format format(plan);
     const int64_t segments = call.to - call.from, steps = segments * STEPS, row_floats = format.row_floats();
-    const int64_t tile_floats = 2 * TERMS * TILE / 2, x_tile = steps * X_TERMS * TILE;  // of a step
-    float* memory = worker_memory(steps * tile_floats + 4 * W * W + PANEL * row_floats);
+    const int64_t tiles = (call.rows + W - 1) / W, x_tile = tiles_of_x(steps) * X_TERMS * TILE;
+    const int64_t kept = tiles > 2 ? segments : 2;  // segments of cut weights: no more than are used, so that they stay near
+    const int64_t kept_floats = kept * STEPS * 2 * TERMS * TILE / 2;
+    float* memory = worker_memory(kept_floats + 4 * W * W + PANEL * row_floats);
     uint16_t* cut_weights = reinterpret_cast<uint16_t*>(memory);
-    float* found = memory + steps * tile_floats;
+    float* found = memory + kept_floats;
     float* row_memory = found + 4 * W * W;
-    const int64_t tiles = (call.rows + W - 1) / W;
     const Tiles registers;
     for (int64_t n = first; n < last; n += PANEL) {
         typename Format::Row rows[PANEL];
@@ -81,7 +88,7 @@ template <class Format> void tiled_multiply(const Plan& plan, const TiledCall& c
             const uint16_t* x = call.x + t * x_tile;
             const bool pair = t + 1 < tiles;
             const auto multiply = [&](int64_t step) {
-                const uint16_t* weights = cut_weights + step * 2 * TERMS * TILE;
+                const uint16_t* weights = cut_weights + step % (kept * STEPS) * 2 * TERMS * TILE;
                 const uint16_t* at = x + step * X_TERMS * TILE;
                 if (pair) tile_step<TERMS>(weights, at, at + x_tile);
                 else tile_step<TERMS>(weights, at);
@@ -94,7 +101,7 @@ template <class Format> void tiled_multiply(const Plan& plan, const TiledCall& c
                     for (int step = 0; step < STEPS; step++) {
                         if (s < segments) {
                             for (int r = PANEL / STEPS * step; r < PANEL / STEPS * (step + 1); r++)
-                                cut_segment(format, rows[r], call.from + s, cut_weights + s * STEPS * 2 * TERMS * TILE + (r / W * TERMS * W + r % W) * 32);
+                                cut_segment(format, rows[r], call.from + s, cut_weights + s % kept * STEPS * 2 * TERMS * TILE + (r / W * TERMS * W + r % W) * 32);
                         }
                         memory_is_as_written();
                         if (s > 0) multiply((s - 1) * STEPS + step);
@@ -116,26 +123,39 @@ template <class Format> void tiled_multiply(const Plan& plan, const TiledCall& c
     }
 }
 
-// 16 rows of x from `row` on, segments [from, to), turned about and cut into tiles [steps][X_TERMS].
+// Columns [begin, end) of 16 rows of x from `row` on, turned about: a vector holds one column of all rows.
+struct Turned {
+    int64_t begin, missing;
+    const float* columns;
+
+    Turned(const Plan& plan, const float* x, int64_t row, int64_t rows, int64_t begin, int64_t end)
+        : begin(begin), missing((end - begin + W - 1) / W * W) {
+        const int64_t in = plan.weight.in;
+        const int count = int(std::min<int64_t>(W, rows - row));
+        float* to = worker_memory((missing + 1) * W);  // [columns][16 rows], then a row of zeros
+        for (int64_t at = begin; at < end; at += W) {
+            VF block[W];
+            const int width = int(std::min<int64_t>(W, end - at));
+            for (int r = 0; r < W; r++) block[r] = r < count ? load_first(x + (row + r) * in + at, width) : zero();
+            transpose_registers<W / 2>(block);
+            for (int c = 0; c < W; c++) store(to + (at - begin + c) * W, block[c]);
+        }
+        store(to + missing * W, zero());
+        columns = to;
+    }
+    INLINE VF column(int64_t at) const { return load(columns + (at < 0 ? missing : at - begin) * W); }  // -1: zeros
+};
+
+// 16 rows of x from `row` on, segments [from, to), cut into tiles [steps][X_TERMS].
 inline void cut_x(const Plan& plan, const float* x, int64_t row, int64_t rows, int64_t from, int64_t to, uint16_t* tiles) {
     const int64_t in = plan.weight.in, vectors = plan.vectors / plan.segments;
-    const int64_t begin = plan.weight.order ? 0 : from * vectors * W;  // else segments are columns that follow each other
-    const int64_t end = plan.weight.order ? in : std::min(in, to * vectors * W), missing = (end - begin + W - 1) / W * W;
-    float* turned = worker_memory((missing + 1) * W);  // [columns][16 rows], then a row of zeros
-    const int count = int(std::min<int64_t>(W, rows - row));
-    for (int64_t column = begin; column < end; column += W) {
-        VF block[W];
-        const int width = int(std::min<int64_t>(W, end - column));
-        for (int r = 0; r < W; r++) block[r] = r < count ? load_first(x + (row + r) * in + column, width) : zero();
-        transpose_registers<W / 2>(block);
-        for (int c = 0; c < W; c++) store(turned + (column - begin + c) * W, block[c]);
-    }
-    store(turned + missing * W, zero());
+    const bool apart = plan.weight.order;  // else the columns of segments follow each other
+    const Turned turned(plan, x, row, rows, apart ? 0 : from * vectors * W, apart ? in : std::min(in, to * vectors * W));
     const int32_t* columns = plan.columns.data() + from * vectors * W;
-    const auto column = [&](int64_t at) { return load(turned + (columns[at] < 0 ? missing : columns[at] - begin) * W); };
     for (int64_t step = 0; step < (to - from) * vectors / 2; step++)
         for (int pair = 0; pair < W; pair++)
-            cut<X_TERMS>(column(2 * step * W + pair), column((2 * step + 1) * W + pair), tiles + step * X_TERMS * TILE + pair * 32);
+            cut<X_TERMS>(turned.column(columns[2 * step * W + pair]), turned.column(columns[(2 * step + 1) * W + pair]),
+                         tiles + step * X_TERMS * TILE + pair * 32);
 }
 
 }}  // namespace core_kernels

@@ -30,6 +30,9 @@ struct Job {
     int64_t tile_numbers;  // of 16 rows of x
 };
 
+// Columns of x with place for the sums over each 32 of them.
+int64_t tile_columns(int64_t columns) { return columns + (columns + 1023) / 1024 * 32; }
+
 void cut(const void* given, int64_t first, int64_t last) {
     const Job& job = *static_cast<const Job*>(given);
     for (int64_t t = first; t < last; t++)
@@ -58,14 +61,14 @@ bool multiply_tiled(const Tiled& tiled, const Plan& plan, const float* x, float*
     const int64_t whole = std::min<int64_t>(rows, BLOCK_ROWS), depth = std::min(BLOCK_DEPTH, BLOCK_NUMBERS / ((whole + 15) / 16 * 16));
     const int64_t deep = (plan.segments * segment + depth - 1) / depth, high = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     const int64_t longest = (plan.segments + deep - 1) / deep * segment, most = ((rows + high - 1) / high + TILE_ROWS) / TILE_ROWS * TILE_ROWS;
-    uint16_t* tiles = reinterpret_cast<uint16_t*>(scratch.get((most + TILE_ROWS) * longest * tiled.x_terms / 2));
+    uint16_t* tiles = reinterpret_cast<uint16_t*>(scratch.get((most + TILE_ROWS) * tile_columns(longest) * tiled.x_terms / 2));
     if (!tiles) return false;
     for (int64_t h = 0; h < high; h++) {
         const int64_t first = (rows + 15) / 16 * h / high * 16, last = std::min(rows, (rows + 15) / 16 * (h + 1) / high * 16);
         for (int64_t d = 0; d < deep; d++) {
             const int64_t from = plan.segments * d / deep, to = plan.segments * (d + 1) / deep;
             Job job{tiled, plan, x + first * plan.weight.in, tiles, {tiles, out + first * plan.weight.out, last - first, from, to},
-                    (to - from) * segment * tiled.x_terms * TILE_ROWS};
+                    tile_columns((to - from) * segment) * tiled.x_terms * TILE_ROWS};
             multiply_block(job, threads);
         }
     }
