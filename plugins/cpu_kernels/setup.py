@@ -19,7 +19,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AMX = [*AVX512, "-mamx-tile", "-mamx-bf16"]
 # Plain code comes first: of functions of the standard library that several files bring, the linker keeps the first.
 SOURCES = {"csrc/library.cpp": [], "csrc/tiled.cpp": [], "csrc/plain.cpp": []}
-ATTENTION = {"csrc/attention_library.cpp": [], "csrc/attention_plain.cpp": []}
+ATTENTION = {"csrc/attention_library.cpp": [], "csrc/stack_library.cpp": [], "csrc/attention_plain.cpp": []}
 if X86:
     FLAGS.append("-DCORE_KERNELS_X86")
     SOURCES |= {"csrc/avx2.cpp": AVX2, "csrc/avx512.cpp": AVX512}

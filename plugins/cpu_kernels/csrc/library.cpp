@@ -8,6 +8,7 @@
 #include <new>
 
 #include "instruction_set.h"
+#include "ready.h"
 #include "scratch.h"
 #include "shares.h"
 #include "tiled.h"
@@ -52,11 +53,6 @@ const InstructionSet* const all_sets[] = {
     &avx512_set, &avx2_set,
 #endif
     &plain_set,
-};
-
-struct Ready {
-    Plan plan;
-    const Packing* packing = nullptr;
 };
 
 thread_local Scratch scratch;
@@ -114,7 +110,7 @@ extern "C" {
 
 #define EXPORT __attribute__((visibility("default")))
 
-EXPORT int32_t core_kernels_abi() { return 2; }
+EXPORT int32_t core_kernels_abi() { return 3; }
 
 // The functions of the OpenMP runtime that torch has loaded; null: one thread.
 EXPORT void core_kernels_threads(void* gomp_parallel, void* omp_get_max_threads) {

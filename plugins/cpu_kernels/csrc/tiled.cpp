@@ -14,7 +14,7 @@
 
 namespace core_kernels { namespace {
 
-constexpr int64_t TILE_ROWS = 16, LANES = 16;
+constexpr int64_t LANES = 16;                            // of a vector
 constexpr int64_t BLOCK_ROWS = 256, BLOCK_DEPTH = 2048;  // of x at a time, at the most
 constexpr int64_t BLOCK_NUMBERS = 1 << 17;               // of x, before they are cut
 constexpr int64_t SERIAL_NUMBERS = 1 << 14;              // of x, below which one thread cuts them
@@ -30,13 +30,10 @@ struct Job {
     int64_t tile_numbers;  // of 16 rows of x
 };
 
-// Columns of x with place for the sums over each 32 of them.
-int64_t tile_columns(int64_t columns) { return columns + (columns + 1023) / 1024 * 32; }
-
 void cut(const void* given, int64_t first, int64_t last) {
     const Job& job = *static_cast<const Job*>(given);
     for (int64_t t = first; t < last; t++)
-        job.tiled.cut_x(job.plan, job.x, t * TILE_ROWS, job.call.rows, job.call.from, job.call.to, job.tiles + t * job.tile_numbers);
+        job.tiled.cut_x(job.plan, job.x, t * TILED_X_ROWS, job.call.rows, job.call.from, job.call.to, job.tiles + t * job.tile_numbers);
 }
 
 void multiply(const void* given, int64_t first, int64_t last) {
@@ -44,8 +41,8 @@ void multiply(const void* given, int64_t first, int64_t last) {
     job.tiled.multiply(job.plan, job.call, first, last);
 }
 
-void multiply_block(Job& job, int threads) {
-    const int64_t tiles = (job.call.rows + TILE_ROWS - 1) / TILE_ROWS, out = job.plan.weight.out;
+void multiply_block(Job& job, int64_t tiles, int threads) {
+    const int64_t out = job.plan.weight.out;
     Shares cuts{cut, &job, tiles, 1, {0}};
     share_out(cuts, tiles * job.tile_numbers < SERIAL_NUMBERS * job.tiled.x_terms ? 1 : threads);
     const int64_t even = out / (int64_t(threads) * 8);
@@ -55,21 +52,23 @@ void multiply_block(Job& job, int threads) {
 
 }  // namespace
 
+TiledColumns::TiledColumns(const Tiled& tiled, const Plan& plan, int64_t rows)
+    : rows(rows), segments(plan.segments), lanes(plan.vectors / plan.segments * LANES), x_terms(tiled.x_terms) {
+    const int64_t depth = std::min(BLOCK_DEPTH, BLOCK_NUMBERS / (tiles() * TILED_X_ROWS));
+    blocks = std::min((segments * lanes + depth - 1) / depth, segments);
+}
+
 bool multiply_tiled(const Tiled& tiled, const Plan& plan, const float* x, float* out, int64_t rows) {
-    const int threads = thread_count();
-    const int64_t segment = plan.vectors / plan.segments * LANES;
-    const int64_t whole = std::min<int64_t>(rows, BLOCK_ROWS), depth = std::min(BLOCK_DEPTH, BLOCK_NUMBERS / ((whole + 15) / 16 * 16));
-    const int64_t deep = (plan.segments * segment + depth - 1) / depth, high = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    const int64_t longest = (plan.segments + deep - 1) / deep * segment, most = ((rows + high - 1) / high + TILE_ROWS) / TILE_ROWS * TILE_ROWS;
-    uint16_t* tiles = reinterpret_cast<uint16_t*>(scratch.get((most + TILE_ROWS) * tile_columns(longest) * tiled.x_terms / 2));
-    if (!tiles) return false;
-    for (int64_t h = 0; h < high; h++) {
-        const int64_t first = (rows + 15) / 16 * h / high * 16, last = std::min(rows, (rows + 15) / 16 * (h + 1) / high * 16);
-        for (int64_t d = 0; d < deep; d++) {
-            const int64_t from = plan.segments * d / deep, to = plan.segments * (d + 1) / deep;
-            Job job{tiled, plan, x + first * plan.weight.in, tiles, {tiles, out + first * plan.weight.out, last - first, from, to},
-                    tile_columns((to - from) * segment) * tiled.x_terms * TILE_ROWS};
-            multiply_block(job, threads);
+    const int64_t tiles = (rows + TILED_X_ROWS - 1) / TILED_X_ROWS, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    for (int64_t b = 0; b < blocks; b++) {
+        const int64_t first = tiles * b / blocks * TILED_X_ROWS, last = std::min(rows, tiles * (b + 1) / blocks * TILED_X_ROWS);
+        const TiledColumns columns(tiled, plan, last - first);
+        uint16_t* memory = reinterpret_cast<uint16_t*>(scratch.get((columns.offset(columns.blocks) + 1) / 2));
+        if (!memory) return false;
+        for (int64_t d = 0; d < columns.blocks; d++) {
+            const TiledCall call{memory, out + first * plan.weight.out, last - first, columns.from(d), columns.from(d + 1)};
+            Job job{tiled, plan, x + first * plan.weight.in, memory, call, columns.numbers(d)};
+            multiply_block(job, columns.tiles(), thread_count());
         }
     }
     return true;

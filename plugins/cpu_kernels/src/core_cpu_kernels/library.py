@@ -16,7 +16,7 @@ import torch
 
 from core.errors import PluginError
 
-ABI = 2
+ABI = 3
 ISA_VARIABLE = "CORE_CPU_KERNELS_ISA"  # amx, avx512, avx2 or plain: instead of the best that the machine has
 INSTRUCTION_SETS = ("amx", "avx512", "avx2", "plain")  # the best first
 
@@ -32,6 +32,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # result, arguments
     "rotate": (None, *[_POINTER] * 4, *[_INT] * 6),
     "attention_set": (_POINTER, _POINTER),
     "attend": (ctypes.c_int32, *[_POINTER] * 7),
+    "stack": (ctypes.c_int32, *[_POINTER] * 4),
     "threads": (None, _POINTER, _POINTER),
 }
 
@@ -75,6 +76,7 @@ class Library:
         self.gate = partial(self._functions.core_kernels_gate, self._set)
         self.rotate = partial(self._functions.core_kernels_rotate, self._set)
         self.attend = self._functions.core_kernels_attend  # (attention_set, layer, step, q, k, v, out) -> 0
+        self.stack = partial(self._functions.core_kernels_stack, self._set)  # (attention_set, layers, call) -> 0
         self.attention_set: int = self._functions.core_kernels_attention_set(self._set)
 
     def make(self, weight: Weight) -> int | None:
