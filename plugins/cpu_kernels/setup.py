@@ -16,15 +16,16 @@ FLAGS += (
 )  # GCC's own AVX-512 headers
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-AMX = [*AVX512, "-mamx-tile", "-mamx-bf16"]
+VNNI = [*AVX512, "-mavx512vnni"]
+AMX = [*VNNI, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 # Plain code comes first: of functions of the standard library that several files bring, the linker keeps the first.
 SOURCES = {"csrc/library.cpp": [], "csrc/tiled.cpp": [], "csrc/plain.cpp": []}
 ATTENTION = {"csrc/attention_library.cpp": [], "csrc/stack_library.cpp": [], "csrc/attention_plain.cpp": []}
 if X86:
     FLAGS.append("-DCORE_KERNELS_X86")
-    SOURCES |= {"csrc/avx2.cpp": AVX2, "csrc/avx512.cpp": AVX512}
+    SOURCES |= {"csrc/avx2.cpp": AVX2, "csrc/avx512.cpp": AVX512, "csrc/integer_avx512.cpp": VNNI}
     if sys.platform.startswith("linux") and platform.machine() == "x86_64":
-        SOURCES |= {"csrc/amx.cpp": AMX}  # left out where the compiler is too old for it
+        SOURCES |= {"csrc/amx.cpp": AMX, "csrc/integer_amx.cpp": AMX}  # left out where the compiler is too old for it
     ATTENTION |= {"csrc/attention_avx2.cpp": AVX2, "csrc/attention_avx512.cpp": AVX512}
 SOURCES |= ATTENTION
 HEADERS = sorted(path.name for path in Path(__file__).parent.glob("csrc/*.h"))

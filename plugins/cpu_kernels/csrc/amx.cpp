@@ -1,4 +1,4 @@
-// The kernels of machines that have AVX-512 and tiles of bfloat16: few rows as there, many rows by tiles.
+// The kernels of machines that have AVX-512 with VNNI, and tiles (AMX) of bytes and of bfloat16.
 #include "simd_avx512.h"
 #include "amx_codes.h"
 #include "elementwise.h"
@@ -6,6 +6,8 @@
 
 namespace core_kernels {
 extern const InstructionSet avx512_set, amx_set;
+
+const Packing* find_integer_amx(const Weight& weight);
 
 namespace {
 
@@ -45,5 +47,6 @@ const Packing* find_tiled(int32_t packing_id) {
 
 }  // namespace
 
-const InstructionSet amx_set = {"amx", find_tiled, {rms_norm, gate, rotate}};
-}
+constexpr InstructionSet amx_set = {"amx", find_tiled, {rms_norm, gate, rotate}, find_integer_amx};
+
+}  // namespace core_kernels

@@ -7,7 +7,7 @@
 namespace core_kernels { namespace {
 
 struct Product {
-    const Ready* ready = nullptr;
+    const Ready* ready = nullptr;  // for so many rows
     int64_t rows = 0;
     float* memory = nullptr;  // `floats()` of them
     float* out = nullptr;     // [rows, outputs]

@@ -32,7 +32,7 @@ struct Products {
     int64_t count = 0, chunk = 0, chunks = 0;
 
     void add(const void* ready, int64_t rows) {
-        if (ready) parts[count++] = {static_cast<const Ready*>(ready), rows, nullptr, nullptr};
+        if (ready) parts[count++] = {&static_cast<const Ready*>(ready)->of(rows), rows, nullptr, nullptr};
     }
     int64_t outputs() const {
         int64_t found = 0;

@@ -75,12 +75,12 @@ bool multiply_tiled(const Tiled& tiled, const Plan& plan, const float* x, float*
 }
 
 #ifdef CORE_KERNELS_AMX
-// Tiles of bfloat16 in the processor, their registers kept by the system, and the system's leave to use them.
+// Tiles of bytes and of bfloat16 in the processor, their registers kept by the system, and the system's leave to use them.
 bool machine_has_tiles() {
-    constexpr unsigned TILES = 1u << 24, BFLOAT16 = 1u << 22, STATE = 3u << 17;
+    constexpr unsigned NEEDED = 1u << 22 | 1u << 24 | 1u << 25, STATE = 3u << 17;  // bfloat16, tiles, bytes
     constexpr long ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & TILES) == 0 || (d & BFLOAT16) == 0) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & NEEDED) != NEEDED) return false;
     unsigned low, high;
     asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return (low & STATE) == STATE && syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;

@@ -17,8 +17,9 @@ import torch
 from core.errors import PluginError
 
 ABI = 3
-ISA_VARIABLE = "CORE_CPU_KERNELS_ISA"  # amx, avx512, avx2 or plain: instead of the best that the machine has
-INSTRUCTION_SETS = ("amx", "avx512", "avx2", "plain")  # the best first
+ISA_VARIABLE = "CORE_CPU_KERNELS_ISA"  # one of these instead of the best that the machine has
+INSTRUCTION_SETS = ("amx", "avx512vnni", "avx512", "avx2", "plain")  # the best first
+
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES: dict[str, tuple[Any, ...]] = {  # result, arguments
