@@ -21,7 +21,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 VNNI = [*AVX512, "-mavx512vnni"]
 AMX = [*VNNI, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 # Plain code comes first: of functions of the standard library that several files bring, the linker keeps the first.
-SOURCES = {"csrc/library.cpp": [], "csrc/plain.cpp": []}
+SOURCES = {"csrc/library.cpp": [], "csrc/tiled.cpp": [], "csrc/plain.cpp": []}
 ATTENTION = {"csrc/attention_library.cpp": [], "csrc/stack_library.cpp": [], "csrc/attention_plain.cpp": []}
 if X86:
     FLAGS.append("-DCORE_KERNELS_X86")
