@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import time
@@ -14,18 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from core.contracts import Checkpoint, Model, Refusal
-from core.errors import CoreError
+from core.errors import CheckpointError, CoreError
 from core.layers import give_kernels, pack_linears, unpack_linears
 from core.model_loader import BuildContext
 from core_hf_fallback.blame import is_ours
 from core_hf_fallback.cache import CacheModel, Stepper
-from core_hf_fallback.interface import bind, configs_of
+from core_hf_fallback.interface import bind, bindings_of, configs_of
 from core_hf_fallback.load import load_module
 from core_hf_fallback.module_state import ModuleState
 from core_hf_fallback.paged import NotPaged, PagedModel, logits_of
 from core_hf_fallback.patches.calls import linear_calls
 from core_hf_fallback.patches.patcher import Patcher
-from core_hf_fallback.probe import Probe, rows_difference, run_rows
+from core_hf_fallback.probe import LONG, SHORT, Probe, layout_for, rows_difference, run_rows
 from core_hf_fallback.ropes import Ropes
 from core_hf_fallback.rows import RowsModel
 from core_hf_fallback.state import CannotBatch
@@ -45,21 +46,32 @@ class Loaded:
         self.own_attention = {id(config): config._attn_implementation for config in configs_of(module)}
         self.counts_tokens = False  # it takes positions from a count of tokens, which padding would falsify
         self.embedding_size = embedding_size(module)
+        self.layout = layout_for(module, max_len)
         found: list[Probe] = []
         # Some models keep state in their modules; it is put back, so that no tier finds the probe's.
         ModuleState(module).learn(lambda: found.append(self._plain_probe()))
         self.probe = found[0]
 
     def _plain_probe(self) -> Probe:
+        """Raises CheckpointError with the model's own words if it fails on a text alone."""
+        if self.layout is SHORT:
+            try:
+                return self._probe_of(input_embedding(self.module), together=True)
+            except Exception as error:  # remote code may take no more than one text at a time
+                if is_ours(error, self.module):
+                    raise
         try:
-            return Probe.of(self.plain_logits, self.embedding_size, input_embedding(self.module))
-        except Exception as error:  # remote code may take no more than one text at a time
+            return self._probe_of(input_embedding(self.module) if self.layout is LONG else None, together=False)
+        except Exception as error:
             if is_ours(error, self.module):
                 raise
-            return Probe.of(self._plain_one_by_one, self.embedding_size, None)
+            raise CheckpointError(
+                f"{type(self.module).__name__} itself fails on {self.layout.longest} tokens: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
-    def _plain_one_by_one(self, ids: Tensor) -> Tensor:
-        return torch.cat([self.plain_logits(text[None]) for text in ids])
+    def _probe_of(self, embedding: nn.Module | None, together: bool) -> Probe:
+        return Probe.of(self.layout, self.plain_logits, self.embedding_size, embedding, together)
 
     @cached_property
     def movement(self) -> float:
@@ -107,7 +119,8 @@ def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Mode
         return Refusal(f"it computes a text anew when it grows past {loaded.ropes.restart_after} tokens")
     if tier == "rows":
         return _rows(loaded, context, max_len)
-    return CacheModel(Stepper(loaded.module, max_len), loaded.vocab_size)
+    mixed = _mixed(loaded, context, max_len)
+    return CacheModel(Stepper(loaded.module, max_len), loaded.vocab_size) if mixed is None else Refusal(mixed)
 
 
 def _paged(loaded: Loaded, context: BuildContext, forget_pages: Callable[[], None] | None) -> Model | Refusal:
@@ -178,10 +191,12 @@ def _rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refusa
     return built
 
 
-def _run(model: CacheModel | RowsModel, vocab_size: int, device: torch.device) -> list[Tensor]:
+def _run(
+    model: CacheModel | RowsModel, loaded: Loaded, device: torch.device, only: str = "ABCD"
+) -> list[dict[str, Tensor]]:
     """Run the probe's steps and leave nothing of them in the modules, where the next tier would find it."""
     try:
-        return run_rows(model, vocab_size, device)
+        return run_rows(model, loaded.layout, loaded.embedding_size, device, only)
     finally:
         model.stepper.module_state.reset()
 
@@ -189,9 +204,12 @@ def _run(model: CacheModel | RowsModel, vocab_size: int, device: torch.device) -
 def _probed_rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refusal:
     """Compare with one cache for each text: first with packed linears, then with plain ones if need be."""
     device = context.device
+    mixed = _mixed(loaded, context, max_len) if loaded.layout is LONG else None
+    if mixed is not None:
+        return Refusal(mixed)
     stepper = Stepper(loaded.module, max_len)
     with calls_of(loaded.module, nn.Linear) as called:
-        wanted = _run(CacheModel(stepper, loaded.vocab_size), loaded.embedding_size, device)
+        wanted = _run(CacheModel(stepper, loaded.vocab_size), loaded, device)
     wrong: str | None = None
     for packed in (True, False):
         if packed:
@@ -202,8 +220,10 @@ def _probed_rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model |
         for padding in (True, False) if not loaded.counts_tokens else (False,):
             try:
                 model = RowsModel(stepper, loaded.vocab_size, padding)
-                found = _run(model, loaded.embedding_size, device)
+                found = _run(model, loaded, device)
                 wrong = rows_difference(found, wanted, context.dtype, lambda: loaded.movement)
+                if wrong is not None:
+                    wrong = f"side by side, {wrong}"
                 if wrong is not None and not padding:
                     wrong += ": texts of one length, without padding, are not kept apart in the module's own batch"
             except CannotBatch as reason:
@@ -212,6 +232,22 @@ def _probed_rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model |
                 model.strict = False
                 return model
     return Refusal(str(wrong))
+
+
+def _mixed(loaded: Loaded, context: BuildContext, max_len: int) -> str | None:
+    """Do requests in turn, each with a cache of its own, get what each gets from a copy of the module that is its own?
+
+    They do not where a module keeps state in a place that is not found. Returns what is wrong, None if nothing is.
+    """
+    together = _run(CacheModel(Stepper(loaded.module, max_len), loaded.vocab_size), loaded, context.device)
+    kept = [*loaded.module.parameters(), *bindings_of(loaded.module)]  # not copied
+    for name in "ABCD" if loaded.layout is LONG else "AD":
+        own = Stepper(copy.deepcopy(loaded.module, {id(one): one for one in kept}), max_len)
+        alone = _run(CacheModel(own, loaded.vocab_size), loaded, context.device, only=name)
+        wrong = rows_difference(alone, together, context.dtype, lambda: loaded.movement)
+        if wrong is not None:
+            return f"the module keeps state of a request where it is not found: beside others, {wrong}"
+    return None
 
 
 def input_embedding(module: nn.Module) -> nn.Module | None:

@@ -191,6 +191,12 @@ def bind(model: nn.Module) -> Binding:
     return binding
 
 
+def bindings_of(model: nn.Module) -> list[Binding]:
+    """Return what `bind` hung onto the modules, if it was called."""
+    found = {id(one): one for module in model.modules() if (one := getattr(module, ATTRIBUTE, None)) is not None}
+    return list(found.values())
+
+
 def configs_of(model: nn.Module) -> Sequence[Any]:
     """Return every config object that a module of this model looks at."""
     found: dict[int, Any] = {}
