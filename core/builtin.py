@@ -12,7 +12,7 @@ from core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from core.config import EngineConfig
-    from core.contracts import AttentionBackend, Checkpoint, Tokenizer
+    from core.contracts import AttentionBackend, Checkpoint, Kernels, Tokenizer
     from core.spec import ModelSpec
 
 CORE_API = API_VERSION
@@ -50,6 +50,19 @@ def resolve_attention_backend(
         return [Bid("cpu", CPU_PRIORITY, _build_cpu, {"device": "cpu"}), _triton_on_cpu(), reference]
     declined = Refusal(f"cpu attention runs on the CPU only, and the device is {options.device!r}")
     return [declined, _triton_on_gpu(options.device), reference]
+
+
+@hookimpl
+def provide_kernels(device: str, options: EngineConfig) -> Kernels | None:
+    """Offer the Triton kernels on CUDA and ROCm; on a CPU in the interpreter, beside Triton's attention."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and options.attention_backend_name == "triton"
+    if not device.startswith("cuda") and not (device == "cpu" and interpreted):
+        return None
+    if _need_triton() is not None:
+        return None
+    from core.kernels.provided import TritonKernels
+
+    return TritonKernels()
 
 
 def _triton_on_gpu(device: str) -> Bid[AttentionBackend] | Refusal:

@@ -30,6 +30,7 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens; None = the model's own limit
     max_num_seqs: int = 64  # requests that run at a time
     max_num_batched_tokens: int = 512  # token budget of a step
+    max_mixed_prefill_tokens: int | None = None  # of prompts, in a step that decodes too; None = 64 on CPU, else all
     max_num_waiting: int = 4096  # requests that may queue
     enable_prefix_caching: bool = True
     block_size: int = 16  # tokens in a KV block
@@ -60,7 +61,8 @@ class EngineConfig:
             "max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "block_size",
             "speculative_ngram_min", "speculative_num_draft_tokens",
         )  # fmt: skip
-        for name in (*positive, "kv_cache_memory", "max_model_len", "num_blocks", "num_threads"):
+        optional = ("kv_cache_memory", "max_model_len", "num_blocks", "num_threads", "max_mixed_prefill_tokens")
+        for name in (*positive, *optional):
             value = getattr(self, name)
             if value is None and name not in positive:
                 continue

@@ -115,11 +115,15 @@ class AttentionArgs:
     chunk: int | None = None  # a token sees its own chunk of positions [n * chunk, (n + 1) * chunk) only
     softcap: float | None = None  # scores = softcap * tanh(scores / softcap), before masking
     sinks: Tensor | None = None  # [heads] logits that join the softmax without a value
-    bias: Tensor | None = None  # ALiBi slopes [heads]: adds -slope * (query position - key position)
+    # Added to the scores, by distance = query position - key position. ALiBi slopes [heads]: -slope * distance;
+    # or a table [heads, distances]: table[head, min(distance, distances - 1)], as T5's buckets are spread out.
+    bias: Tensor | None = None
 
     def non_default(self) -> frozenset[str]:
-        """Return the names of the arguments that a backend has to honour."""
-        asked = {name for name in ("window", "chunk", "softcap", "sinks", "bias") if getattr(self, name) is not None}
+        """Return the names of the arguments that a backend has to honour; a table is a "bias_table"."""
+        asked = {name for name in ("window", "chunk", "softcap", "sinks") if getattr(self, name) is not None}
+        if self.bias is not None:
+            asked.add("bias" if self.bias.dim() == 1 else "bias_table")
         return frozenset(asked if self.causal else asked | {"not_causal"})
 
 
@@ -267,7 +271,7 @@ class Quantizer(Protocol):
 
 
 class NormKernel(Protocol):
-    """RMSNorm over the last dimension, for x [..., size] in float32."""
+    """RMSNorm over the last dimension, for x [..., size] of the dtype that it was asked for."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -277,19 +281,26 @@ class NormKernel(Protocol):
 
 
 class GateKernel(Protocol):
-    """x [..., 2 n] in float32 -> activation(x[..., :n]) * x[..., n:], a new tensor [..., n]."""
+    """x [..., 2 n] -> activation(x[..., :n]) * x[..., n:], a new tensor [..., n]."""
 
     def __call__(self, gate_up: Tensor) -> Tensor: ...
 
 
 class RotaryKernel(Protocol):
-    """Turns x [tokens, heads, dim] in halves, in place, by cos and sin [tokens, 1, dim]; all float32."""
+    """Turns the first `rotated` dimensions of x [tokens, heads, dim], in place, by cos and sin [tokens, 1, rotated].
+
+    Pairs are (i, i + rotated / 2), interleaved ones (2 i, 2 i + 1). The angle of pair i stands at i and at
+    i + rotated / 2. All of one dtype.
+    """
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> None: ...
 
 
 class Kernels(Protocol):
-    """Fast code for one device. Whoever finds no kernel for a case computes it with torch."""
+    """Fast code for one device. Whoever finds no kernel for a case computes it with torch.
+
+    A kernel rounds where torch's operators one after the other round.
+    """
 
     name: str  # shown at start, e.g. "cpu_kernels (avx512)"
 
@@ -301,16 +312,19 @@ class Kernels(Protocol):
         """
         ...
 
-    def rms_norm(self, weight: Tensor, eps: float) -> NormKernel | None:
-        """Return x / sqrt(mean(x^2) + eps) * weight for a weight [size] that nobody changes any more."""
+    def rms_norm(self, weight: Tensor, eps: float, dtype: torch.dtype) -> NormKernel | None:
+        """Return x / sqrt(mean(x^2) + eps) * weight for a weight [size] that nobody changes any more.
+
+        The quotient is rounded to the weight's dtype, float32 or `dtype`, and the product to `dtype`, which is x's.
+        """
         ...
 
-    def gate(self, activation: str) -> GateKernel | None:
-        """Return the product of an activation ("silu", "gelu_tanh") and a second half."""
+    def gate(self, activation: str, dtype: torch.dtype) -> GateKernel | None:
+        """Return the product of an activation ("silu", "gelu", "gelu_tanh") and a second half."""
         ...
 
-    def rotary(self) -> RotaryKernel | None:
-        """Return rotary embedding in halves."""
+    def rotary(self, dtype: torch.dtype, interleaved: bool = False) -> RotaryKernel | None:
+        """Return rotary embedding, in halves or of interleaved pairs."""
         ...
 
 

@@ -28,6 +28,7 @@ from core.spec import ModelSpec
 from core.speculation import Drafter, LookupLimits
 
 logger = logging.getLogger("core_serve")
+MIXED_PREFILL_ON_CPU = 64  # tokens
 DEFAULT_MODEL_LEN = 2048  # tokens, where a config states none
 
 
@@ -162,6 +163,7 @@ def _assemble(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=max_model_len,
+        max_mixed_prefill_tokens=mixed_prefill_tokens(config, context.device),
         max_num_waiting=config.max_num_waiting,
         chunked_prefill=chunked,
         prefix_caching=prefix_caching,
@@ -199,6 +201,15 @@ def _assemble(
     scheduler = Scheduler(BlockPool(memory.num_blocks, config.block_size), limits, pools, drafter)
     sampler = Sampler(model.vocab_size, eos, device)
     return Engine(info, config, host, runner, scheduler, sampler, tokenizer, eos)
+
+
+def mixed_prefill_tokens(config: EngineConfig, device: torch.device) -> int | None:
+    """Return how many tokens of prompts a step runs beside decodes; None: its whole budget.
+
+    A GPU computes hundreds of tokens in the time it takes to read the weights; on a CPU each costs time of its own.
+    """
+    default = MIXED_PREFILL_ON_CPU if device.type == "cpu" else None
+    return config.max_mixed_prefill_tokens or default
 
 
 def make_drafter(config: EngineConfig, model: Model) -> Drafter | None:

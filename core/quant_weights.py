@@ -14,6 +14,7 @@ from core.layers import HalfTensor, QuantizedTensor, TransposedTensor
 
 if TYPE_CHECKING:
     from core.model_loader import BuildContext
+    from core.spec import ModelSpec
 
 
 def weight_stream(
@@ -77,6 +78,16 @@ def read_part(checkpoint: Checkpoint, name: str, shape: Sequence[int] | None = N
     return tensor
 
 
+def as_its_module_has_it(spec: ModelSpec, weight: Tensor) -> Tensor:
+    """Return a linear's quantized weight [out, in] as the model's module sees it.
+
+    Quantized files have [out, in] for every linear, also for GPT-2's Conv1D, whose float weights are [in, out].
+    """
+    if spec.model_type not in CONV1D_TYPES or weight.dim() != 2:
+        return weight
+    return TransposedTensor.of(weight) if isinstance(weight, QuantizedTensor) else weight.T.contiguous()
+
+
 def located(checkpoint: Checkpoint, name: str) -> str:
     """Return "Tensor 'name' of FILE", for messages."""
     file_of = getattr(checkpoint, "file_of", None)  # of checkpoints that have several files
@@ -87,7 +98,9 @@ def located(checkpoint: Checkpoint, name: str) -> str:
 
 
 # Classes that keep weights input first, beside the stacks of experts that say so themselves.
-TRANSPOSED = {"transformers.pytorch_utils.Conv1D", "transformers.models.llama4.modeling_llama4.Llama4TextExperts"}
+CONV1D = "transformers.pytorch_utils.Conv1D"
+TRANSPOSED = {CONV1D, "transformers.models.llama4.modeling_llama4.Llama4TextExperts"}
+CONV1D_TYPES = frozenset({"gpt2", "imagegpt", "openai-gpt", "decision_transformer"})  # all of whose linears are Conv1Ds
 
 
 def linear_weights(model: nn.Module) -> set[str]:
@@ -102,7 +115,7 @@ def linear_weights(model: nn.Module) -> set[str]:
     linears = [(path, part) for path, part in model.named_modules() if _is_plain_linear(part) and part is not head]
     found = {f"{path}.weight" for path, part in linears}
     for path, part in model.named_modules():
-        found |= {f"{path}.{name}" for name in _stacks_of_experts(part)}
+        found |= {f"{path}.{name}" for name in stacks_of_experts(part)}
     return (found | transposed_weights(model)) - skip
 
 
@@ -116,9 +129,16 @@ def transposed_weights(model: nn.Module) -> set[str]:
 
 
 def _is_transposed(part: nn.Module) -> bool:
-    kind = type(part)
     marked = getattr(part, "is_transposed", None) is True and hasattr(part, "has_gate")
-    return marked or f"{kind.__module__}.{kind.__qualname__}" in TRANSPOSED
+    return marked or _class_name(part) in TRANSPOSED
+
+
+def is_conv1d(part: nn.Module) -> bool:
+    return _class_name(part) == CONV1D
+
+
+def _class_name(part: nn.Module) -> str:
+    return f"{type(part).__module__}.{type(part).__qualname__}"
 
 
 def quantize_transposed(quantize: Callable[[str, Tensor], Tensor], name: str, weight: Tensor) -> Tensor:
@@ -132,8 +152,11 @@ def _is_plain_linear(part: nn.Module) -> bool:
     return isinstance(part, nn.Linear) and type(part).forward is nn.Linear.forward
 
 
-def _stacks_of_experts(part: nn.Module) -> list[str]:
-    """transformers marks the classes that multiply with one expert of [experts, out, in] after the other."""
+def stacks_of_experts(part: nn.Module) -> list[str]:
+    """Return the names of a module's own parameters [experts, out, in].
+
+    transformers marks the classes that multiply with one expert after the other.
+    """
     if getattr(part, "is_transposed", True) is not False or not hasattr(part, "has_gate"):
         return []
     return [name for name, weight in part.named_parameters(recurse=False) if weight.dim() == 3]

@@ -7,7 +7,9 @@
 A step is filled in this order, until the token budget is spent:
   1. running requests with one token left (decodes). One that needs a block when none is free preempts the last of the
      running requests, which may be itself.
-  2. running requests in the middle of their prompt: the next chunk.
+  2. running requests in the middle of their prompt: the next chunk. Beside decodes, chunks of a step make up
+     max_mixed_prefill_tokens at the most, so that a long prompt does not hold up who decodes (Agrawal et al. 2024,
+     "Taming Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve").
   3. waiting requests, strictly in order; the first that does not fit ends the step. Never in a step that preempted.
   4. drafts (core/speculation.py) behind the decodes, with what is left of the budget and of free blocks: they delay
      nobody. The blocks that only rejected ones lay in are given back by advance().
@@ -43,6 +45,7 @@ class SchedulerLimits:
     max_num_batched_tokens: int  # token budget of a step
     max_model_len: int  # tokens of prompt and output
     max_num_waiting: int  # requests in the queue
+    max_mixed_prefill_tokens: int | None = None  # tokens of prompts in a step that decodes too; None: the budget
     chunked_prefill: bool = True  # False: a prompt runs whole, over the budget if need be; no prefix cache
     prefix_caching: bool = True
     restart_after: int | None = None  # a text that grows past so many tokens is computed anew; no prefix cache
@@ -214,8 +217,11 @@ class Scheduler:
         """Choose what runs now. Never empty while has_work. Call advance() with its entries before the next one."""
         step = _Step(self.limits.max_num_batched_tokens, self.windows)
         prefilling = self._run_decodes(step)
+        withheld = self._withheld(step)
+        step.budget -= withheld
         self._run_chunks(prefilling, step)
         self._admit_waiting(step)
+        step.budget += withheld
         if self.drafter is not None:
             self._add_drafts(self.drafter, step)
         return Schedule(list(step.entries.values()), step.preempted)
@@ -294,6 +300,13 @@ class Scheduler:
                 return False
         request.block_ids += fresh
         return True
+
+    def _withheld(self, step: _Step) -> int:
+        """Return how much of the budget prompts may not use beside decodes."""
+        limit = self.limits.max_mixed_prefill_tokens
+        if limit is None or not self.limits.chunked_prefill or not step.entries:
+            return 0
+        return max(0, step.budget - limit)
 
     def _run_chunks(self, prefilling: Sequence[Request], step: _Step) -> None:
         for request in prefilling:

@@ -91,6 +91,7 @@ def streams(draw: st.DrawFn) -> Stream:
         max_num_batched_tokens=draw(st.integers(1, 24)),
         max_model_len=capacity,
         max_num_waiting=100,
+        max_mixed_prefill_tokens=draw(st.none() | st.integers(1, 24)),
         chunked_prefill=draw(st.sampled_from([True, True, True, False])),
         prefix_caching=draw(st.sampled_from([True, True, True, False])),
     )
@@ -268,10 +269,19 @@ class Simulation:
         limits = self.stream.limits
         if limits.chunked_prefill:
             assert schedule.num_tokens <= limits.max_num_batched_tokens
+            self._check_mixed(schedule, before)
             return
         assert all(entry.samples for entry in schedule.entries), "a prompt was cut"
         started = [entry for entry in schedule.entries if before[entry.request.id] is Status.WAITING]
         assert schedule.num_tokens <= limits.max_num_batched_tokens or len(started) == 1
+
+    def _check_mixed(self, schedule: Schedule, before: dict[str, Status]) -> None:
+        limit = self.stream.limits.max_mixed_prefill_tokens
+        ran = [entry.request for entry in schedule.entries if before[entry.request.id] is Status.RUNNING]
+        decodes = {request.id for request in ran if request.num_remaining == 1}
+        if limit is not None and decodes:
+            prompts = [entry.count for entry in schedule.entries if entry.request.id not in decodes]
+            assert sum(prompts) <= limit, "prompts held up the decodes beside them"
 
     def _check_order(self, schedule: Schedule, before: dict[str, Status]) -> None:
         """Nobody who waited before this step was overtaken in it."""

@@ -59,7 +59,7 @@ class CpuAttention:
     """Torch's fused attention where it computes what is asked, the plain formula where it cannot (softcap, sinks)."""
 
     name = "cpu"
-    honours = frozenset({"window", "chunk", "softcap", "sinks", "bias"})
+    honours = frozenset({"window", "chunk", "softcap", "sinks", "bias", "bias_table"})
 
     def allocate(self, specs: Sequence[KVSpec], num_blocks: Sequence[int], block_size: int) -> None:
         self.cache = PagedCache(specs, num_blocks, block_size)

@@ -97,19 +97,20 @@ def visible(q_positions: Tensor, k_positions: Tensor, args: AttentionArgs) -> Te
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, distance: Tensor, args: AttentionArgs) -> Tensor:
-    """Attend by the plain formula, in float32, with grouped heads, softcap, sinks and ALiBi.
+    """Attend by the plain formula, in float32, with grouped heads, softcap, sinks and position bias.
 
     q [batch, kv_heads, group, q, k_dim], k [batch, kv_heads, k, k_dim], v [batch, kv_heads, k, v_dim],
     mask and distance (query position - key position) broadcast to [batch, kv_heads, group, q, k]
     -> [batch, kv_heads, group, q, v_dim].
-    Softcap: Gemma 2 (2024). Sinks: Xiao et al. 2023, as a logit without a value. ALiBi: Press et al. 2021.
+    Softcap: Gemma 2 (2024). Sinks: Xiao et al. 2023, as a logit without a value. Bias: Press et al. 2021 (ALiBi),
+    Raffel et al. 2019 (T5).
     """
     scores = torch.matmul(q.float(), k.float().transpose(-1, -2).unsqueeze(2)) * args.scaling
     if args.softcap is not None:
         scores = args.softcap * torch.tanh(scores / args.softcap)
     heads = (1, q.shape[1], q.shape[2], 1, 1)
     if args.bias is not None:
-        scores = scores - args.bias.float().view(heads) * distance
+        scores = scores + position_bias(args.bias, distance, q.shape[1])
     scores = scores.masked_fill(~mask, -torch.inf)
     if args.sinks is None:
         weights = scores.softmax(-1)
@@ -117,3 +118,16 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, distance: T
         sinks = args.sinks.float().view(heads).expand(*scores.shape[:-1], 1)
         weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
     return torch.matmul(weights, v.float().unsqueeze(2)).to(q.dtype)
+
+
+def position_bias(bias: Tensor, distance: Tensor, kv_heads: int) -> Tensor:
+    """Return what `AttentionArgs.bias` adds at each distance [..., q, k] (at most five dimensions, heads of size 1).
+
+    -> [batch, kv_heads, group, q, k], or what broadcasts to it. Distances below 0 are masked: any number will do.
+    """
+    if bias.dim() == 1:
+        return -bias.float().view(1, kv_heads, -1, 1, 1) * distance
+    last = bias.shape[1] - 1
+    rows = distance.clamp(0, last).view((1,) * (5 - distance.dim()) + tuple(distance.shape))[:, 0, 0]  # [batch, q, k]
+    found: Tensor = bias.float()[:, rows].transpose(0, 1).unflatten(1, (kv_heads, -1))
+    return found

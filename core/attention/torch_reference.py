@@ -17,7 +17,7 @@ class TorchReferenceAttention:
     """Honours every argument but attention to the future; slow."""
 
     name = "torch_reference"
-    honours = frozenset({"window", "chunk", "softcap", "sinks", "bias"})
+    honours = frozenset({"window", "chunk", "softcap", "sinks", "bias", "bias_table"})
 
     def allocate(self, specs: Sequence[KVSpec], num_blocks: Sequence[int], block_size: int) -> None:
         self.cache = PagedCache(specs, num_blocks, block_size)

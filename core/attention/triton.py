@@ -40,7 +40,7 @@ class TritonAttention:
     """Honours every argument but attention to the future."""
 
     name = "triton"
-    honours = frozenset({"window", "chunk", "softcap", "sinks", "bias"})
+    honours = frozenset({"window", "chunk", "softcap", "sinks", "bias", "bias_table"})
 
     def allocate(self, specs: Sequence[KVSpec], num_blocks: Sequence[int], block_size: int) -> None:
         self.cache = PagedCache(specs, num_blocks, block_size)
@@ -74,12 +74,12 @@ class TritonAttention:
         if len(plan.decode_rows):
             paged_decode(queries, out, call, plan.decode_rows, plan.splits, args)
         if plan.prefill_rows:
-            paged_prefill(queries, out, call, self._tiles(call, queries), args)
+            paged_prefill(queries, out, call, self._tiles(call, queries, args), args)
         return out.to(q.dtype)
 
-    def _tiles(self, call: PagedCall, q: Tensor) -> Tensor:
+    def _tiles(self, call: PagedCall, q: Tensor, args: AttentionArgs) -> Tensor:
         """Make the tiles once for all layers whose heads are grouped alike."""
-        rows = prefill_tile(call, q, chip_of(q).target).rows
+        rows = prefill_tile(call, q, args, chip_of(q).target).rows
         tokens = tokens_of_a_tile(q.shape[1] // call.kv_heads, rows)
         if tokens not in self._plan.tiles:
             made = make_tiles(self._plan.batch.query_lens, self._plan.prefill_rows, tokens)
@@ -109,5 +109,5 @@ def _dense_args(args: AttentionArgs) -> AttentionArgs:
         chunk=args.chunk,
         softcap=args.softcap,
         sinks=None if args.sinks is None else args.sinks.reshape(-1).contiguous(),
-        bias=None if args.bias is None else args.bias.reshape(-1).contiguous(),
+        bias=None if args.bias is None else args.bias.contiguous(),
     )

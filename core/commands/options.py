@@ -113,6 +113,12 @@ ENGINE_OPTIONS = [
         type=int,
         help="Token budget of a step.",
     ),
+    _option(
+        "--mixed-prefill-size",
+        "max_mixed_prefill_tokens",
+        type=int,
+        help="Tokens of prompts in a step that decodes too. Default: 64 on a CPU, the whole budget on a GPU.",
+    ),
     _option("--max-queued-requests", "max_num_waiting", type=int, help="Requests that may wait."),
     _flag(
         "--disable-radix-cache",

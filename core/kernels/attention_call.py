@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,23 +68,34 @@ class PagedCall:
         return self.keys.shape[1]
 
 
-def prefill_tile(call: PagedCall, q: Tensor, target: Target) -> Tile:
-    return call.tile or choose_tile(PREFILL, call, q, target)
+def prefill_tile(call: PagedCall, q: Tensor, args: AttentionArgs, target: Target) -> Tile:
+    return call.tile or choose_tile(PREFILL, call, q, args, target)
 
 
-def decode_tile(call: PagedCall, q: Tensor, target: Target) -> Tile:
-    return call.tile or choose_tile(DECODE, call, q, target)
+def decode_tile(call: PagedCall, q: Tensor, args: AttentionArgs, target: Target) -> Tile:
+    return call.tile or choose_tile(DECODE, call, q, args, target)
 
 
-def choose_tile(table: Mapping[str, tuple[Tile, ...]], call: PagedCall, q: Tensor, target: Target) -> Tile:
-    """Look up the tile for the wider of K and V, the dtype of q and the chip."""
+def choose_tile(
+    table: Mapping[str, tuple[Tile, ...]], call: PagedCall, q: Tensor, args: AttentionArgs, target: Target
+) -> Tile:
+    """Look up the tile for the wider of K and V, the dtype of q and the chip.
+
+    With a table of biases there is an address for each score, which takes registers: half the keys.
+    """
     if target.backend == "cpu":
         return INTERPRETED
     widest = max(sum(split_width(cache.shape[-1])) for cache in (call.keys, call.values))
     if widest > WIDTHS[-1]:
         require("attention", False, f"K or V of width {widest} is wider than {WIDTHS[-1]}, the widest there is.")
     kind = "float32" if q.element_size() == 4 else tile_kind(target)
-    return next(tile for width, tile in zip(WIDTHS, table[kind], strict=True) if widest <= width)
+    tile = next(tile for width, tile in zip(WIDTHS, table[kind], strict=True) if widest <= width)
+    return tile if bias_distances(args) == 0 else replace(tile, keys=max(16, tile.keys // 2))
+
+
+def bias_distances(args: AttentionArgs) -> int:
+    """Return the columns of a table of biases, 0 if there is none."""
+    return args.bias.shape[1] if args.bias is not None and args.bias.dim() == 2 else 0
 
 
 def tile_kind(target: Target) -> str:
@@ -107,9 +118,10 @@ def check_paged(kernel: str, q: Tensor, out: Tensor, call: PagedCall, args: Atte
     check(kernel, "context_lens", call.context_lens, (requests,), (torch.int32,), q, dense=True)
     require(kernel, heads % call.kv_heads == 0, f"{heads} query heads do not divide into {call.kv_heads} K/V heads.")
     require(kernel, args.causal, "attention to later tokens (causal=False) is not supported.")
-    for name, value in (("sinks", args.sinks), ("bias", args.bias)):
-        if value is not None:
-            check(kernel, name, value, (heads,), FLOATS, q, dense=True)
+    if args.sinks is not None:
+        check(kernel, "sinks", args.sinks, (heads,), FLOATS, q, dense=True)
+    if args.bias is not None:
+        check(kernel, "bias", args.bias, (heads, None)[: args.bias.dim()], FLOATS, q, dense=True)
 
 
 def attention_constants(
@@ -119,6 +131,7 @@ def attention_constants(
     k_main, k_rest = split_width(q.shape[-1])
     v_main, v_rest = split_width(out.shape[-1])
     capped = args.softcap is not None
+    distances = bias_distances(args)
     return {
         "q": q,
         "out": out,
@@ -128,7 +141,8 @@ def attention_constants(
         "query_starts": call.query_starts,
         "context_lens": call.context_lens,
         "sinks": args.sinks,
-        "slopes": args.bias,
+        "bias": args.bias,
+        "distances": distances,
         "q_token": q.stride(0),
         "q_head": q.stride(1),
         "out_token": out.stride(0),
@@ -157,6 +171,7 @@ def attention_constants(
         "WINDOW": args.window is not None,
         "CHUNK": args.chunk is not None,
         "SOFTCAP": capped,
+        "TABLE": distances > 0,
         "WIDEN": chip.interpreted,
     }
 

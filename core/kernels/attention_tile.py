@@ -3,12 +3,13 @@
 For each row (a query token and head) with the visible keys [row_first, row_last]:
 
     s_j = scaling * q . k_j                       softcap: s_j = cap * tanh(s_j / cap)
-    s_j -= slope * (position - j)                 ALiBi
+    s_j -= slope * (position - j)                 ALiBi; or s_j += table[min(position - j, distances - 1)]
     peak' = max(peak, max_j s_j)                  total' = total * 2^(peak - peak') + sum_j 2^(s_j - peak')
     acc' = acc * 2^(peak - peak') + sum_j 2^(s_j - peak') v_j
 
 with all scores in units of log2(e), so that exp is exp2. Online softmax: Milakov and Gimelshein 2018; tiles and the
-order of loops: Dao 2023, "FlashAttention-2". Softcap: Gemma 2 (2024). ALiBi: Press et al. 2021.
+order of loops: Dao 2023, "FlashAttention-2". Softcap: Gemma 2 (2024). ALiBi: Press et al. 2021; tables: Raffel et al.
+2019 (T5).
 
 Widths need not be powers of two: K and V are cut into a main part and a rest (576 = 512 + 64, 80 = 64 + 16).
 Keys that no row of the tile sees are not read, so what lies in unused slots (NaN, say) does no harm.
@@ -78,7 +79,9 @@ def attend_keys(
     position: tl.tensor,  # [rows], of the query
     row_first: tl.tensor,  # [rows]
     row_last: tl.tensor,  # [rows], inclusive
-    slope: tl.tensor,  # [rows], in units of log2(e)
+    bias: tl.tensor,  # slopes [heads], a table [heads, distances], or None
+    head: tl.tensor,  # [rows], of the query
+    distances: tl.tensor,
     start: tl.tensor,  # keys [start, end) in steps of BLOCK_N ...
     end: tl.tensor,
     needed: tl.tensor,  # ... of which those below `needed` are seen by no row
@@ -97,10 +100,13 @@ def attend_keys(
     V_MAIN: tl.constexpr,
     V_REST: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr,
+    TABLE: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> tl.tensor:
     """Return acc, acc_rest, peak, total after the keys [start, end)."""
+    slope = peak
+    if bias is not None and not TABLE:
+        slope = tl.load(bias + head, mask=row_last >= 0, other=0.0).to(tl.float32) * 1.4426950408889634
     for n in range(start, end, BLOCK_N):
         at = n + tl.arange(0, BLOCK_N)
         there = (at >= needed) & (at < end)
@@ -115,9 +121,13 @@ def attend_keys(
         scores *= scale
         if SOFTCAP:
             scores = tanh(scores) * cap
-        if ALIBI:
-            scores -= slope[:, None] * (position[:, None] - at[None, :]).to(tl.float32)
         seen = (at[None, :] >= row_first[:, None]) & (at[None, :] <= row_last[:, None])
+        distance = position[:, None] - at[None, :]
+        if TABLE:
+            place = head[:, None] * distances + tl.minimum(distance, distances - 1)
+            scores += tl.load(bias + place, mask=seen, other=0.0).to(tl.float32) * 1.4426950408889634
+        elif bias is not None:
+            scores -= slope[:, None] * distance.to(tl.float32)
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf would be NaN

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def check(
     name: str,
     tensor: Tensor,
     shape: Sequence[int | None],
-    dtypes: Sequence[torch.dtype],
+    dtypes: Collection[torch.dtype],
     like: Tensor,
     dense: bool = False,
 ) -> None:

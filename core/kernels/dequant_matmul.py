@@ -1,16 +1,20 @@
 """A linear layer whose weight is kept in 4 or 8 bits: y = x @ w.T + bias.
 
     w[n, k] = (code[n, k] - zero[n, k // group]) * scale[n, k // group] + offset[n, k // group]
+    w[n, k] = table[code[n, k]] * scale[n, k // group]          NF4 and its like; float8, whose 256 values are a table
 
 x [rows, in]; codes of 4 bits: uint8 [out, in / 2], the even k in the low nibble; of 8 bits: uint8 or int8 [out, in]
 scale, zero or None, offset or None [out, groups]; group 32, 64, 128, ... or the whole row (groups = 1); bias [out]
-AWQ: Lin et al. 2023; GPTQ: Frantar et al. 2022. int8 with one scale a row: Dettmers et al. 2022, weights only.
+AWQ: Lin et al. 2023; GPTQ: Frantar et al. 2022. int8 with one scale a row: Dettmers et al. 2022, weights only. NF4:
+Dettmers et al. 2023.
 
 A program makes BLOCK_M x BLOCK_N outputs; codes become x's dtype in registers, sums are float32 on tensor cores.
 BLOCK_K divides the group, so that one column of scales serves a step. Shared memory: the tiles of x and of the weight.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -22,6 +26,45 @@ from core.kernels.chip import Chip, Launch, chip_of
 from core.kernels.numbers import dot, rounded
 
 NAME = "dequant_matmul"
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantized weight; shapes are at the file's head."""
+
+    codes: Tensor
+    scales: Tensor
+    bits: int
+    group: int  # columns that share a scale; the last ones may be fewer
+    columns: int
+    zeros: Tensor | None = None
+    offsets: Tensor | None = None
+    middle: int | None = None  # the zero of all groups
+    table: Tensor | None = None  # [2 ** bits] float32
+
+    @property
+    def outputs(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def groups(self) -> int:
+        return -(-self.columns // self.group)
+
+
+def unfit(weight: Codes) -> str | None:
+    """Say why the kernel does not take a weight, None if it does."""
+    if weight.bits not in (4, 8):
+        return f"bits must be 4 or 8, got {weight.bits}."
+    if weight.bits == 4 and weight.columns % 2:
+        return f"4-bit codes come in pairs, but there are {weight.columns} columns."
+    if weight.groups > 1 and weight.group % 32:
+        return f"groups of {weight.group} columns; they must be a multiple of 32, or the whole row."
+    parts = [weight.codes, weight.scales, weight.zeros, weight.offsets]
+    if not all(part.is_contiguous() for part in parts if part is not None):
+        return "codes, scales, zeros and offsets must be contiguous."
+    if weight.scales.dtype not in FLOATS:
+        return f"scales of {weight.scales.dtype}; they must be float32, bfloat16 or float16."
+    return None
 
 
 @triton.jit
@@ -37,6 +80,7 @@ def dequant_matmul_kernel(
     scales: tl.tensor,
     zeros: tl.tensor,
     offsets: tl.tensor,
+    table: tl.tensor,
     bias: tl.tensor,
     y: tl.tensor,
     rows: tl.tensor,
@@ -49,6 +93,7 @@ def dequant_matmul_kernel(
     out: tl.tensor,
     group: tl.tensor,
     BITS: tl.constexpr,
+    MIDDLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -68,10 +113,14 @@ def dequant_matmul_kernel(
             pair = start // 2 + tl.arange(0, BLOCK_K // 2)
             there = (n < out)[:, None] & (pair < bytes_)[None, :]
             two = tl.load(codes + n.to(tl.int64)[:, None] * codes_row + pair[None, :], mask=there, other=0)
-            code = tl.interleave(two & 15, two >> 4).to(tl.float32)
+            code = tl.interleave(two & 15, two >> 4)
         else:
             there = (n < out)[:, None] & (k < columns)[None, :]
-            code = tl.load(codes + n.to(tl.int64)[:, None] * codes_row + k[None, :], mask=there, other=0).to(tl.float32)
+            code = tl.load(codes + n.to(tl.int64)[:, None] * codes_row + k[None, :], mask=there, other=0)
+        if table is not None:
+            code = tl.load(table + code.to(tl.int32))
+        else:
+            code = code.to(tl.float32) - MIDDLE
         if zeros is not None:
             code -= group_column(zeros, n, n < out, groups, start // group)
         weight = code * group_column(scales, n, n < out, groups, start // group)
@@ -84,34 +133,22 @@ def dequant_matmul_kernel(
     tl.store(target, rounded(acc, y.dtype.element_ty, WIDEN), mask=(m < rows)[:, None] & (n < out)[None, :])
 
 
-def dequant_matmul(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    y: Tensor,
-    bits: int,
-    zeros: Tensor | None = None,
-    offsets: Tensor | None = None,
-    bias: Tensor | None = None,
-    chip: Chip | None = None,
-) -> None:
+def dequant_matmul(x: Tensor, weight: Codes, y: Tensor, bias: Tensor | None = None, chip: Chip | None = None) -> None:
     """Fill y [rows, out] with x [rows, in] times the weight that the codes stand for; see the head. KernelError."""
     rows, size = x.shape
-    outputs, groups = scales.shape
-    require(NAME, bits in (4, 8), f"bits must be 4 or 8, got {bits}.")
-    require(NAME, bits == 8 or size % 2 == 0, f"4-bit codes come in pairs, but x has {size} columns.")
-    require(NAME, size % groups == 0, f"{groups} groups do not divide the {size} columns of x.")
-    group = size // groups
-    fits = groups == 1 or (group % 32 == 0)
-    require(NAME, fits, f"groups of {group} columns; they must be a multiple of 32, or the whole row.")
-    kinds = (torch.uint8,) if bits == 4 else (torch.uint8, torch.int8)
-    check(NAME, "x", x, (rows, size), FLOATS, x)
+    outputs, groups = weight.outputs, weight.groups
+    reason = unfit(weight)
+    require(NAME, reason is None, str(reason))
+    check(NAME, "x", x, (rows, weight.columns), FLOATS, x)
     check(NAME, "y", y, (rows, outputs), (x.dtype,), x)
-    check(NAME, "codes", codes, (outputs, size * bits // 8), kinds, x)
-    check(NAME, "scales", scales, (outputs, groups), FLOATS, x, dense=True)
-    for name, tensor in (("zeros", zeros), ("offsets", offsets)):
+    kinds = (torch.uint8,) if weight.bits == 4 else (torch.uint8, torch.int8)
+    check(NAME, "codes", weight.codes, (outputs, size * weight.bits // 8), kinds, x, dense=True)
+    check(NAME, "scales", weight.scales, (outputs, groups), FLOATS, x, dense=True)
+    for name, tensor in (("zeros", weight.zeros), ("offsets", weight.offsets)):
         if tensor is not None:
             check(NAME, name, tensor, (outputs, groups), (*FLOATS, torch.uint8, torch.int8), x, dense=True)
+    if weight.table is not None:
+        check(NAME, "table", weight.table, (2**weight.bits,), (torch.float32,), x, dense=True)
     if bias is not None:
         check(NAME, "bias", bias, (outputs,), FLOATS, x, dense=True)
     chip = chip or chip_of(x)
@@ -121,25 +158,27 @@ def dequant_matmul(
     block_n = 32 if not half else 128 if few else 64
     args = {
         "x": x,
-        "codes": codes,
-        "scales": scales,
-        "zeros": zeros,
-        "offsets": offsets,
+        "codes": weight.codes,
+        "scales": weight.scales,
+        "zeros": weight.zeros,
+        "offsets": weight.offsets,
+        "table": weight.table,
         "bias": bias,
         "y": y,
         "rows": rows,
         "x_row": x.stride(0),
         "y_row": y.stride(0),
-        "codes_row": codes.stride(0),
+        "codes_row": weight.codes.stride(0),
         "groups": groups,
         "columns": size,
-        "bytes_": size * bits // 8,  # of a row; an argument, so that the compiler knows what divides it
+        "bytes_": size * weight.bits // 8,  # of a row; an argument, so that the compiler knows what divides it
         "out": outputs,
-        "BITS": bits,
-        "group": group,
+        "group": weight.group,
+        "BITS": weight.bits,
+        "MIDDLE": weight.middle or 0,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        "BLOCK_K": 64 if groups == 1 or group % 64 == 0 else 32,
+        "BLOCK_K": 64 if groups == 1 or weight.group % 64 == 0 else 32,
         "WIDEN": chip.interpreted,
     }
     grid = (-(-outputs // block_n), -(-rows // block_m))

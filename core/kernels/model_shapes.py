@@ -14,7 +14,7 @@ from torch import Tensor
 from core.contracts import AttentionArgs
 from core.kernels.attention_call import PagedCall
 from core.kernels.chip import Launch, RecordingChip, Target
-from core.kernels.dequant_matmul import dequant_matmul
+from core.kernels.dequant_matmul import Codes, dequant_matmul
 from core.kernels.gated_activation import gated_activation
 from core.kernels.gated_linear_attention import gated_linear_attention
 from core.kernels.gather_rows import gather_rows
@@ -49,9 +49,9 @@ class ModelShape:
     windows: tuple[int | None, ...] = (None,)
     softcap: float | None = None
     has_sinks: bool = False
-    has_alibi: bool = False
+    bias: str = ""  # "slopes" (ALiBi) or "table" (T5)
     activation: str = "silu"
-    plus_one: bool = False  # Gemma's norm
+    plus_one: bool = False  # Gemma's norm: its weight is float32, 1 + the stored one
     interleaved: bool = False  # rotary pairs
     experts: int = 0
     delta_heads: int = 0  # heads of gated linear attention, 128 x 128
@@ -71,7 +71,9 @@ MODELS = (
     # Not asked for by name, but what the contract and the rows tier can ask for beyond them.
     ModelShape("Gemma-2-9B", 3584, 14336, 256000, 16, 8, 256, 256, 256, (4096, None), 50.0, plus_one=True),
     ModelShape("DeepSeek-V3, absorbed", 7168, 2048, 129280, 128, 1, 576, 512, 64, interleaved=True, experts=256),
-    ModelShape("MPT-7B", 4096, 16384, 50432, 32, 32, 128, 128, 128, has_alibi=True),
+    ModelShape("MPT-7B", 4096, 16384, 50432, 32, 32, 128, 128, 128, bias="slopes"),
+    ModelShape("T5-XL's decoder", 2048, 5120, 32128, 32, 32, 64, 64, 64, bias="table"),
+    ModelShape("T5-11B's decoder", 1024, 65536, 32128, 128, 128, 128, 128, 128, bias="table"),
     ModelShape("Phi-2", 2560, 10240, 51200, 32, 32, 80, 80, 32),
     ModelShape("Qwen3-Next-80B", 2048, 512, 151936, 16, 2, 256, 256, 64, experts=512, delta_heads=32),
     ModelShape("Mamba-2-2.7B", 2560, 10240, 50288, 0, 0, 64, 64, 64, mamba_heads=80),
@@ -104,17 +106,21 @@ class Step:
         q, out = (self.made(PROMPT, model.heads, dim) for dim in (model.k_dim, model.v_dim))
         for window in model.windows:
             sinks = self.made(model.heads) if model.has_sinks else None
-            slopes = self.made(model.heads, dtype=torch.float32) if model.has_alibi else None
-            args = AttentionArgs(0.1, window=window, softcap=model.softcap, sinks=sinks, bias=slopes)
+            args = AttentionArgs(0.1, window=window, softcap=model.softcap, sinks=sinks, bias=self.bias())
             paged_prefill(q, out, call, self.ints(REQUESTS, 2), args, self.chip)
             for splits in (1, 7):
                 paged_decode(q, out, call, self.ints(REQUESTS), splits, args, self.chip)
+
+    def bias(self) -> Tensor | None:
+        sizes = {"slopes": (self.model.heads,), "table": (self.model.heads, 128)}
+        return self.made(*sizes[self.model.bias], dtype=torch.float32) if self.model.bias else None
 
     def rows(self) -> None:
         model, rows = self.model, REQUESTS
         x, out = self.made(rows, model.hidden), self.made(rows, model.hidden)
         for residual in (None, out):
-            rms_norm(x, self.made(model.hidden), 1e-6, out, residual, model.plus_one, self.chip)
+            dtype = torch.float32 if model.plus_one else self.dtype
+            rms_norm(x, self.made(model.hidden, dtype=dtype), 1e-6, out, residual, self.chip)
         if model.heads:
             q, angles = self.made(rows, model.heads, model.k_dim), self.made(rows, model.rotated // 2)
             rotary(q, angles, angles, q, model.interleaved, self.chip)
@@ -124,22 +130,38 @@ class Step:
         logits = self.made(rows, model.vocab)
         sample(logits, doubles, self.ints(rows), doubles, doubles, longs, longs, longs, self.chip)
 
+    def quantized(self) -> Sequence[Codes]:
+        """Return a weight in each of the formats that there are kernels for."""
+        out, size = self.model.inner, self.model.hidden
+        group = 128 if size % 128 == 0 else 32
+        nibbles, bytes_ = (self.made(out, width, dtype=torch.uint8) for width in (size // 2, size))
+        scales, floats, zeros = (
+            self.made(out, size // group, dtype=dtype) for dtype in (self.dtype, torch.float32, torch.uint8)
+        )
+        row = self.made(out, 1, dtype=torch.float32)
+        return (
+            Codes(nibbles, scales, 4, group, size, zeros=zeros),  # AWQ, GPTQ
+            Codes(nibbles, scales, 4, group, size, middle=8),
+            Codes(nibbles, scales, 4, group, size, offsets=scales),
+            Codes(bytes_, scales, 8, group, size, zeros=zeros),
+            Codes(bytes_, row, 8, size, size, middle=128),  # int8
+            Codes(nibbles, floats, 4, group, size, table=self.made(16, dtype=torch.float32)),  # NF4
+            Codes(bytes_, floats, 8, group, size, table=self.made(256, dtype=torch.float32)),  # float8, in blocks
+            Codes(bytes_, row, 8, size, size, table=self.made(256, dtype=torch.float32)),
+        )
+
     def matrices(self) -> None:
         model, size = self.model, self.model.hidden
-        bytes_ = self.made(model.inner, size, dtype=torch.int8)
-        nibbles = self.made(model.inner, size // 2, dtype=torch.uint8)
-        row_scales = self.made(model.inner, 1)
-        group = 128 if size % 128 == 0 else 32
-        scales = self.made(model.inner, size // group)
+        weights = self.quantized()
         for rows in (1, REQUESTS, PROMPT):
             x, y = self.made(rows, size), self.made(rows, model.inner)
-            dequant_matmul(x, nibbles, scales, y, 4, zeros=scales, chip=self.chip)
-            dequant_matmul(x, bytes_, row_scales, y, 8, chip=self.chip)
+            for weight in weights:
+                dequant_matmul(x, weight, y, chip=self.chip)
             if model.experts:
-                weights = self.made(model.experts, model.inner, size)
+                experts = self.made(model.experts, model.inner, size)
                 routed = rows * 8
                 grouped_matmul(
-                    x, weights, self.ints(model.experts + 1), self.made(routed, model.inner), self.ints(routed),
+                    x, experts, self.ints(model.experts + 1), self.made(routed, model.inner), self.ints(routed),
                     chip=self.chip,
                 )  # fmt: skip
 

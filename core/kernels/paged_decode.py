@@ -29,7 +29,19 @@ NAME = "paged_decode"
 SPLIT = 1024  # keys
 
 
-@triton.jit(do_not_specialize=["tables_row", "window", "chunk", "group", "heads", "head_tiles", "splits", "kv_heads"])
+@triton.jit(
+    do_not_specialize=[
+        "tables_row",
+        "distances",
+        "window",
+        "chunk",
+        "group",
+        "heads",
+        "head_tiles",
+        "splits",
+        "kv_heads",
+    ]
+)
 def paged_decode_kernel(
     q: tl.tensor,
     out: tl.tensor,
@@ -42,7 +54,7 @@ def paged_decode_kernel(
     query_starts: tl.tensor,
     context_lens: tl.tensor,
     sinks: tl.tensor,
-    slopes: tl.tensor,
+    bias: tl.tensor,
     q_token: tl.tensor,
     q_head: tl.tensor,
     out_token: tl.tensor,
@@ -57,6 +69,7 @@ def paged_decode_kernel(
     splits: tl.tensor,
     scale: tl.tensor,
     cap: tl.tensor,
+    distances: tl.tensor,
     window: tl.tensor,
     chunk: tl.tensor,
     kv_heads: tl.tensor,
@@ -77,6 +90,7 @@ def paged_decode_kernel(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    TABLE: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
     row = tl.program_id(0)
@@ -105,9 +119,6 @@ def paged_decode_kernel(
     acc_rest = tl.zeros([BLOCK_M, V_REST if V_REST > 0 else 1], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    slope = tl.zeros([BLOCK_M], tl.float32)
-    if slopes is not None:
-        slope = tl.load(slopes + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
 
     acc, acc_rest, peak, total = attend_keys(
         query,
@@ -122,7 +133,9 @@ def paged_decode_kernel(
         position,
         lanes * 0 + needed,
         row_last,
-        slope,
+        bias,
+        head,
+        distances,
         start,
         end,
         needed,
@@ -141,7 +154,7 @@ def paged_decode_kernel(
         V_MAIN,
         V_REST,
         SOFTCAP,
-        slopes is not None,
+        TABLE,
         WIDEN,
     )
     some = tl.where(total > 0, total, 1.0)
@@ -187,7 +200,7 @@ def paged_decode(
     chip = chip or chip_of(q)
     check_paged(NAME, q, out, call, args)
     check(NAME, "rows", rows, (None,), INTS, q, dense=True)
-    tile = decode_tile(call, q, chip.target)
+    tile = decode_tile(call, q, args, chip.target)
     require(NAME, splits >= 1, f"splits must be at least 1, got {splits}.")
     require(NAME, split % tile.keys == 0, f"split {split} must be a multiple of the {tile.keys} keys of a tile.")
     group, merged = q.shape[1] // call.kv_heads, splits > 1

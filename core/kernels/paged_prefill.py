@@ -34,7 +34,7 @@ from core.kernels.chip import Chip, Launch, chip_of
 NAME = "paged_prefill"
 
 
-@triton.jit(do_not_specialize=["tables_row", "window", "chunk", "group", "heads", "head_tiles"])
+@triton.jit(do_not_specialize=["tables_row", "distances", "window", "chunk", "group", "heads", "head_tiles"])
 def paged_prefill_kernel(
     q: tl.tensor,
     out: tl.tensor,
@@ -45,7 +45,7 @@ def paged_prefill_kernel(
     context_lens: tl.tensor,
     tiles: tl.tensor,
     sinks: tl.tensor,
-    slopes: tl.tensor,
+    bias: tl.tensor,
     q_token: tl.tensor,
     q_head: tl.tensor,
     out_token: tl.tensor,
@@ -59,6 +59,7 @@ def paged_prefill_kernel(
     tables_row: tl.tensor,
     scale: tl.tensor,
     cap: tl.tensor,
+    distances: tl.tensor,
     window: tl.tensor,
     chunk: tl.tensor,
     group: tl.tensor,
@@ -76,6 +77,7 @@ def paged_prefill_kernel(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    TABLE: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
     request = tl.load(tiles + tl.program_id(0) * 2)
@@ -109,9 +111,6 @@ def paged_prefill_kernel(
     if sinks is not None:
         peak = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
         total += 1.0
-    slope = tl.zeros([BLOCK_M], tl.float32)
-    if slopes is not None:
-        slope = tl.load(slopes + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
 
     acc, acc_rest, peak, total = attend_keys(
         query,
@@ -126,7 +125,9 @@ def paged_prefill_kernel(
         position,
         row_first,
         row_last,
-        slope,
+        bias,
+        head,
+        distances,
         needed // BLOCK_N * BLOCK_N,
         end,
         needed,
@@ -145,7 +146,7 @@ def paged_prefill_kernel(
         V_MAIN,
         V_REST,
         SOFTCAP,
-        slopes is not None,
+        TABLE,
         WIDEN,
     )
     share = 1.0 / tl.where(total > 0, total, 1.0)
@@ -182,7 +183,7 @@ def paged_prefill(
     chip = chip or chip_of(q)
     check_paged(NAME, q, out, call, args)
     check(NAME, "tiles", tiles, (None, 2), (torch.int32,), q, dense=True)
-    tile = prefill_tile(call, q, chip.target)
+    tile = prefill_tile(call, q, args, chip.target)
     group = q.shape[1] // call.kv_heads
     heads = min(group, tile.rows)
     grid = (tiles.shape[0], call.kv_heads * -(-group // heads))

@@ -1,15 +1,18 @@
 """RMSNorm of rows, with the residual added before if there is one (Zhang and Sennrich 2019).
 
     h = x + residual            (written to `residual`, rounded to its dtype, as a model without fusion would)
-    y = h / sqrt(mean(h^2) + eps) * weight          Llama: rounded before the weight is applied
-    y = h / sqrt(mean(h^2) + eps) * (1 + weight)    Gemma: rounded once, at the end
+    y = h / sqrt(mean(h^2) + eps) * weight
 
-x, residual, out [rows, size]; weight [size]. Computed in float32.
+x, residual, out [rows, size], or x and out [tokens, heads, size]; weight [size]. Computed in float32. The quotient is
+rounded to the weight's dtype: x's, as in Llama; or float32, as in Gemma, whose weight is 1 + the stored one.
 One program a row. Registers: size / threads floats. Shared memory: a few floats, for the sum.
 """
 
 from __future__ import annotations
 
+import math
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,18 +31,20 @@ def rms_norm_kernel(
     weight: tl.tensor,
     out: tl.tensor,
     x_row: tl.tensor,
+    x_head: tl.tensor,
+    heads: tl.tensor,
     residual_row: tl.tensor,
     out_row: tl.tensor,
     eps: tl.tensor,
     size: tl.tensor,
     PADDED: tl.constexpr,
-    PLUS_ONE: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, PADDED)
     there = place < size
-    h = tl.load(x + row * x_row + place, mask=there, other=0.0).to(tl.float32)
+    source = x + row // heads * x_row + row % heads * x_head
+    h = tl.load(source + place, mask=there, other=0.0).to(tl.float32)
     if residual is not None:
         h += tl.load(residual + row * residual_row + place, mask=there, other=0.0).to(tl.float32)
         kept = rounded(h, residual.dtype.element_ty, WIDEN)
@@ -47,10 +52,7 @@ def rms_norm_kernel(
         h = kept.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(h * h, 0) / size + eps)
     factor = tl.load(weight + place, mask=there, other=0.0).to(tl.float32)
-    if PLUS_ONE:
-        y = h * scale * (1.0 + factor)
-    else:
-        y = rounded(h * scale, out.dtype.element_ty, WIDEN).to(tl.float32) * factor
+    y = rounded(h * scale, weight.dtype.element_ty, WIDEN).to(tl.float32) * factor
     tl.store(out + row * out_row + place, rounded(y, out.dtype.element_ty, WIDEN), mask=there)
 
 
@@ -60,14 +62,14 @@ def rms_norm(
     eps: float,
     out: Tensor,
     residual: Tensor | None = None,
-    plus_one: bool = False,
     chip: Chip | None = None,
 ) -> None:
-    """Fill `out` [rows, size], and `residual` with x + residual if given. Raises KernelError."""
-    rows, size = x.shape
-    check(NAME, "x", x, (rows, size), FLOATS, x)
-    check(NAME, "out", out, (rows, size), (x.dtype,), x)
-    check(NAME, "weight", weight, (size,), FLOATS, x, dense=True)
+    """Fill `out`, and `residual` with x + residual if given; shapes are at the file's head. Raises KernelError."""
+    *leading, size = x.shape
+    rows, heads = math.prod(leading), leading[1] if len(leading) == 2 else 1
+    check(NAME, "x", x, (*leading[:2], size), FLOATS, x)
+    check(NAME, "out", out, (*leading, size), (x.dtype,), x, dense=True)
+    check(NAME, "weight", weight, (size,), {torch.float32, x.dtype}, x, dense=True)
     if residual is not None:
         check(NAME, "residual", residual, (rows, size), (x.dtype,), x)
     chip = chip or chip_of(x)
@@ -77,12 +79,13 @@ def rms_norm(
         "weight": weight,
         "out": out,
         "x_row": x.stride(0),
+        "x_head": x.stride(-2),
+        "heads": heads,
         "residual_row": 0 if residual is None else residual.stride(0),
-        "out_row": out.stride(0),
+        "out_row": out.stride(-2),
         "eps": eps,
         "size": size,
         "PADDED": pow2(size),
-        "PLUS_ONE": plus_one,
         "WIDEN": chip.interpreted,
     }
     chip.run(Launch(rms_norm_kernel, (rows,), args, num_warps=warps_for(pow2(size), chip.target.warp_size)))

@@ -5,7 +5,8 @@
     interleaved   (2 i, 2 i + 1)                 GPT-J, ChatGLM
     dimensions from `rotated` on are copied
 
-x, out [tokens, heads, dim], `out` may be x; cos, sin [tokens, rotated / 2]. Computed in float32.
+x, out [tokens, heads, dim], `out` may be x; cos, sin [tokens, rotated / 2]. Computed in float32; products are rounded
+before they are added, as torch's operators one after the other do.
 A program rotates one token's heads, HEADS at a time. Registers: a few elements a thread. Shared memory: none for
 halves; interleaved pairs are put together in registers.
 """
@@ -22,6 +23,16 @@ from core.kernels.numbers import rounded
 
 NAME = "rotary"
 PAIRS = 1024  # of a program, so that a thread loads 16 bytes of each half
+
+
+@triton.jit
+def turn(
+    a: tl.tensor, b: tl.tensor, c: tl.tensor, s: tl.tensor, dtype: tl.constexpr, WIDEN: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The pairs (a, b) turned; float32."""
+    first = rounded(a * c, dtype, WIDEN).to(tl.float32) - rounded(b * s, dtype, WIDEN).to(tl.float32)
+    second = rounded(b * c, dtype, WIDEN).to(tl.float32) + rounded(a * s, dtype, WIDEN).to(tl.float32)
+    return first, second
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -41,6 +52,7 @@ def rotary_kernel(
     HALF: tl.constexpr,
     HALF_PAD: tl.constexpr,
     REST_PAD: tl.constexpr,
+    COPIES: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
@@ -57,14 +69,15 @@ def rotary_kernel(
         there = (head < count)[:, None] & (both < 2 * HALF)[None, :]
         pairs = tl.load(source + both[None, :], mask=there, other=0.0).to(tl.float32)
         a, b = tl.split(tl.reshape(pairs, [HEADS, HALF_PAD, 2]))
-        turned = tl.interleave(a * c - b * s, b * c + a * s)
+        turned = tl.interleave(*turn(a, b, c, s, out.dtype.element_ty, WIDEN))
         tl.store(target + both[None, :], rounded(turned, out.dtype.element_ty, WIDEN), mask=there)
     else:
         a = tl.load(source + pair[None, :], mask=there, other=0.0).to(tl.float32)
         b = tl.load(source + HALF + pair[None, :], mask=there, other=0.0).to(tl.float32)
-        tl.store(target + pair[None, :], rounded(a * c - b * s, out.dtype.element_ty, WIDEN), mask=there)
-        tl.store(target + HALF + pair[None, :], rounded(b * c + a * s, out.dtype.element_ty, WIDEN), mask=there)
-    if 2 * HALF < DIM:
+        first, second = turn(a, b, c, s, out.dtype.element_ty, WIDEN)
+        tl.store(target + pair[None, :], rounded(first, out.dtype.element_ty, WIDEN), mask=there)
+        tl.store(target + HALF + pair[None, :], rounded(second, out.dtype.element_ty, WIDEN), mask=there)
+    if COPIES:
         rest = 2 * HALF + tl.arange(0, REST_PAD)
         there = (head < count)[:, None] & (rest < DIM)[None, :]
         tl.store(target + rest[None, :], tl.load(source + rest[None, :], mask=there), mask=there)
@@ -78,8 +91,9 @@ def rotary(
     half = cos.shape[-1]
     check(NAME, "x", x, (tokens, count, dim), FLOATS, x)
     check(NAME, "out", out, (tokens, count, dim), (x.dtype,), x)
-    check(NAME, "cos", cos, (tokens, half), FLOATS, x, dense=True)
-    check(NAME, "sin", sin, (tokens, half), (cos.dtype,), x, dense=True)
+    check(NAME, "cos", cos, (tokens, half), FLOATS, x)
+    check(NAME, "sin", sin, (tokens, half), (cos.dtype,), x)
+    require(NAME, cos.stride() == sin.stride(), f"cos and sin have strides {cos.stride()} and {sin.stride()}.")
     require(
         NAME, 0 < 2 * half <= dim, f"cos has {half} columns, so {2 * half} of a head's {dim} dimensions would turn."
     )
@@ -95,13 +109,14 @@ def rotary(
         "x_head": x.stride(1),
         "out_token": out.stride(0),
         "out_head": out.stride(1),
-        "angle_token": half,
+        "angle_token": cos.stride(0),
         "count": count,
         "HEADS": heads,
         "DIM": dim,
         "HALF": half,
         "HALF_PAD": pow2(half),
         "REST_PAD": pow2(max(1, dim - 2 * half)),
+        "COPIES": 2 * half < dim and out is not x,
         "INTERLEAVED": interleaved,
         "WIDEN": chip.interpreted,
     }

@@ -66,11 +66,12 @@ FLAGS = {
     "WINDOW": "window",
     "CHUNK": "chunk",
     "SOFTCAP": "softcap",
+    "TABLE": "table",
     "MERGED": "split",
-    "PLUS_ONE": "plus one",
+    "MIDDLE": "middle",
     "INTERLEAVED": "interleaved",
 }
-OPTIONAL = ("sinks", "slopes", "residual", "zeros", "beta", "z")
+OPTIONAL = ("sinks", "bias", "residual", "zeros", "offsets", "table", "beta", "z")
 
 
 def describe(launch: Launch) -> str:

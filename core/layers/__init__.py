@@ -14,7 +14,7 @@ from core.layers.quant_formats import (
     pack_codes,
     unpack_codes,
 )
-from core.layers.quantized import QuantizedLinear, QuantizedTensor, give_kernels
+from core.layers.quantized import QuantizedLinear, QuantizedTensor, give_kernels, reads_on_device
 from core.layers.rotary import Rotary, RotaryError, apply_rotary
 from core.layers.transposed import TransposedTensor
 
@@ -40,6 +40,7 @@ __all__ = [
     "give_kernels",
     "pack_codes",
     "pack_linears",
+    "reads_on_device",
     "take_kernels",
     "unpack_codes",
     "unpack_linears",

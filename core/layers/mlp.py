@@ -30,8 +30,7 @@ class GatedMLP(nn.Module):
 
     def take_kernels(self, kernels: Kernels) -> None:
         """Compute with a device's kernels from now on."""
-        if self.dtype == torch.float32:
-            self.kernel = kernels.gate("silu")
+        self.kernel = kernels.gate("silu", self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(self._gated(self.gate_up(x)))

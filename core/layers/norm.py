@@ -28,8 +28,7 @@ class RMSNorm(nn.Module):
 
     def take_kernels(self, kernels: Kernels) -> None:
         """Compute with a device's kernels from now on; called when the weight is loaded."""
-        if self.weight.dtype == torch.float32:
-            self.kernel = kernels.rms_norm(self.weight.detach(), self.eps)
+        self.kernel = kernels.rms_norm(self.weight.detach(), self.eps, self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel is not None:

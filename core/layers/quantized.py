@@ -297,3 +297,12 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight!r}, kernel={'yes' if self.kernel else 'no'}"
+
+
+def reads_on_device(model: nn.Module) -> bool:
+    """True if every quantized weight of a model is multiplied with by a kernel: torch's way may read from the host."""
+    for part in model.modules():
+        quantized = any(isinstance(weight, QuantizedTensor) for weight in part._parameters.values())
+        if quantized and not (isinstance(part, QuantizedLinear) and part.kernel is not None):
+            return False
+    return True

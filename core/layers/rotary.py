@@ -48,11 +48,11 @@ class Rotary(nn.Module):
         with torch.device("cpu"):  # not the device of a model that is built without memory
             inverse = self._inverse(max_positions)
         self.inverse = inverse.to(device)  # [dim / 2] float32
-        self.kernel: RotaryKernel | None = None
+        self.kernels: dict[torch.dtype, RotaryKernel | None] = {}
 
     def take_kernels(self, kernels: Kernels) -> None:
         """Compute with a device's kernels from now on."""
-        self.kernel = kernels.rotary()
+        self.kernels = {dtype: kernels.rotary(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
     @property
     def depends_on_length(self) -> bool:
@@ -68,9 +68,10 @@ class Rotary(nn.Module):
 
     def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """Return x [tokens, heads, dim] turned by what calling this gave; x itself may be overwritten."""
-        if self.kernel is None or x.dtype != torch.float32:
+        kernel = self.kernels.get(x.dtype)
+        if kernel is None:
             return apply_rotary(x, *rotation)
-        self.kernel(x, *rotation)
+        kernel(x, *rotation)
         return x
 
     def _plain(self, theta: float | Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core.quantize.listen import listening
 from core.quantize.march import Call
 
 Key = tuple[int, int, int]  # address, elements, width: which memory a tensor is, while somebody holds it
@@ -25,6 +26,13 @@ class InputGroup:
     gram: Tensor  # [in, in] float32: the mean of x.T @ x over tokens
     mean_abs: Tensor  # [in] float32: the mean of |x| over tokens
     tokens: int = 0
+
+    def add(self, x: Tensor) -> None:
+        """Count the tokens of an input [..., in]; gram and mean_abs are sums until all are counted."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        self.gram = self.gram.to(rows.device).addmm_(rows.T, rows)
+        self.mean_abs = self.mean_abs.to(rows.device) + rows.abs().sum(0)
+        self.tokens += len(rows)
 
 
 @dataclass
@@ -42,7 +50,7 @@ class DecoderLayer:
 
     name: str  # in the model, e.g. "model.layers.3"
     module: nn.Module
-    linears: Mapping[str, nn.Linear]  # those to quantize, by name within the layer
+    linears: Mapping[str, nn.Linear]  # those to quantize, by name within the layer; some are views of other modules
     calls: Sequence[Call] = ()  # one a sample; none for a quantizer that does not calibrate
     config: Any = None  # transformers' config of the decoder
     shared: frozenset[int] = frozenset()  # ids of parameters that stand in other places of the model too
@@ -55,7 +63,7 @@ class DecoderLayer:
         """
         groups = self._find_groups()
         by_first = {group.names[0]: group for group in groups}
-        with self._listening(by_first):
+        with self._adding(by_first):
             for call in self.calls:
                 call.run(self.module)
         for group in groups:
@@ -65,29 +73,33 @@ class DecoderLayer:
 
     def _find_groups(self) -> list[InputGroup]:
         """The first sample says which linears share an input; what it does not reach stays by itself."""
-        names = {id(module): name for name, module in self.linears.items()}
-        found: dict[str, InputGroup] = {}
+        found: set[str] = set()
         by_key: dict[Key, InputGroup] = {}
+        held: list[Any] = []  # so that no address is used twice
         self.trace.clear()
 
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            held.append((args, output))  # so that no address is used twice
-            place = len(self.trace)
-            self.trace.append(LeafCall(paths[id(module)], module, key_of(output)))
-            name, key = names.get(id(module)), key_of(args[0] if args else None)
-            if name is None or name in found or key is None:
+        def note(names: Sequence[str], x: Tensor, output: Any) -> None:
+            held.append((x, output))
+            place, key = len(self.trace), key_of(x)
+            self.trace.extend(LeafCall(name, self.linears[name], key_of(output)) for name in names)
+            new = [name for name in names if name not in found]
+            if not new or key is None:
                 return
+            found.update(new)
             if key not in by_key:
-                by_key[key] = _empty_group(self.linears[name].in_features, key, place, args[0].device)
-            by_key[key].names.append(name)
-            found[name] = by_key[key]
+                by_key[key] = _empty_group(self.linears[new[0]].in_features, key, place, x.device)
+            by_key[key].names.extend(new)
 
-        held: list[Any] = []
-        paths = {id(module): path for path, module in self.module.named_modules()}
-        leaves = [module for module in self.module.modules() if next(module.children(), None) is None]
-        hooks = [leaf.register_forward_hook(note) for leaf in leaves]
+        def note_other(module: nn.Module, args: Any, output: Any) -> None:
+            held.append((args, output))
+            self.trace.append(LeafCall(paths[id(module)], module, key_of(output)))
+
+        paths = {id(module): path for path, module in self.module.named_modules() if path not in self.linears}
+        leaves = [part for part in self.module.modules() if id(part) in paths and next(part.children(), None) is None]
+        hooks = [leaf.register_forward_hook(note_other) for leaf in leaves]
         try:
-            self.calls[0].run(self.module)
+            with listening(self.module, self.linears, note):
+                self.calls[0].run(self.module)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -98,13 +110,14 @@ class DecoderLayer:
         return [*by_key.values(), *alone]
 
     @contextmanager
-    def _listening(self, groups: Mapping[str, InputGroup]) -> Iterator[None]:
-        hooks = [self.linears[name].register_forward_pre_hook(_adder(group)) for name, group in groups.items()]
-        try:
+    def _adding(self, groups: Mapping[str, InputGroup]) -> Iterator[None]:
+        def add(names: Sequence[str], x: Tensor, output: Any) -> None:
+            for name in names:
+                if name in groups:
+                    groups[name].add(x)
+
+        with listening(self.module, self.linears, add):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 @contextmanager
@@ -116,16 +129,6 @@ def unharmed(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for parameter, value in kept:
             parameter.data.copy_(value)
-
-
-def _adder(group: InputGroup) -> Any:
-    def add(module: nn.Module, args: Any) -> None:
-        rows = args[0].reshape(-1, args[0].shape[-1]).float()
-        group.gram = group.gram.to(rows.device).addmm_(rows.T, rows)
-        group.mean_abs = group.mean_abs.to(rows.device) + rows.abs().sum(0)
-        group.tokens += len(rows)
-
-    return add
 
 
 def _empty_group(width: int, key: Key, place: int, device: torch.device) -> InputGroup:

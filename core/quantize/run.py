@@ -25,13 +25,12 @@ from core.plugins import PluginHost
 from core.quantize.calibration import calibration_text, cut_samples
 from core.quantize.layer import DecoderLayer, unharmed
 from core.quantize.march import Call, March
+from core.quantize.matrices import find_matrices
 from core.quantize.shards import Shards
 from core.verify_layers import decoder_layers
 from core.verify_plain import load_plain
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
-FEWEST_ROWS = 16  # a linear of fewer stays in floats, and so does one of few for its inputs: routers, small gates and
-NARROW = 32  # the like cost little and matter much
 DEFAULTS = QuantizeSettings()
 Progress = Callable[[int, int], None]  # layers that are done, layers in all
 
@@ -59,7 +58,7 @@ class QuantizeReport:
     output: Path
     group_size: int | None
     quantized: int  # linears
-    in_floats: tuple[str, ...]  # linears that are not quantized
+    in_floats: tuple[str, ...]  # matrices that are not quantized
     source_bytes: int  # of the weight files
     bytes: int
 
@@ -105,23 +104,35 @@ class _Work:
         if found is None:
             raise ConfigError(f"{job.model} has no list of decoder layers, so it cannot be quantized layer by layer.")
         self.names, self.layers = found.names, found.layers
-        self.linears = [_linears(layer) for layer in self.layers]
+        _one_expert_after_the_other(model)
+        self.matrices = [find_matrices(model, *pair) for pair in zip(self.names, self.layers, strict=True)]
+        self.linears = [matrices.linears for matrices in self.matrices]
         if not any(self.linears):
-            raise ConfigError(f"The layers of {job.model} have no torch.nn.Linear, so there is nothing to quantize.")
+            raise ConfigError(
+                f"The layers of {job.model} have no torch.nn.Linear, no Conv1D and no experts that a file keeps one by "
+                "one, so there is nothing to quantize."
+            )
 
     def choose_group_size(self) -> int:
-        """Return what was asked for, else the largest that fits. Raises ConfigError if it divides not every width."""
+        """Return what was asked for, else the largest that fits all; linears that no size fits stay in floats.
+
+        Raises ConfigError if what was asked for does not divide the inputs of every other linear.
+        """
         asked, sizes = self.job.settings.group_size, self.quantizer.group_sizes
-        widths = {linear.in_features: name for linears in self.linears for name, linear in linears.items()}
         if asked == -1 and -1 in sizes:
             return -1
-        fitting = [size for size in sizes if size > 0 and all(width % size == 0 for width in widths)]
-        if asked in fitting or (asked is None and fitting):
+        grouped = [size for size in sizes if size > 0]
+        unfit = [found.leave(lambda linear: linear.in_features % min(grouped) != 0) for found in self.matrices]
+        widths = {linear.in_features: name for linears in self.linears for name, linear in linears.items()}
+        if not widths:
+            raise ConfigError(f"No linear has inputs in groups of {min(grouped)}; {sum(unfit)} have others.")
+        fitting = [size for size in grouped if all(width % size == 0 for width in widths)]
+        if asked in fitting or asked is None:
             return max(fitting) if asked is None else asked
-        bad = next(width for width in widths if width % (asked or min(sizes)))
+        bad = next(width for width in widths if width % asked)
         raise ConfigError(
-            f"Group size {asked or min(sizes)} does not fit {self.job.method} here: {widths[bad]} has {bad} inputs. "
-            f"What fits all linears: {', '.join(map(str, fitting)) or 'none'}; see --group-size."
+            f"Group size {asked} does not fit {self.job.method} here: {widths[bad]} has {bad} inputs. "
+            f"What fits: {', '.join(map(str, fitting))}; see --group-size."
         )
 
     def run(self, samples: Sequence[Sequence[int]], checkpoint: Checkpoint, progress: Progress) -> QuantizeReport:
@@ -132,8 +143,7 @@ class _Work:
         progress(len(done), len(self.layers))
         for index, calls in self._march(samples, done):
             with self._put_back(index):
-                tensors = self._quantize(index, calls)
-                shards.save(index, *_as_stored(self.model, tensors))
+                shards.save(index, *self._quantize(index, calls))
             done.add(index)
             progress(len(done), len(self.layers))
         rest = len(self.layers)
@@ -160,8 +170,11 @@ class _Work:
         return {"model": source, "method": self.job.method, "calibration": text, "dtype": str(self.dtype), **settings}
 
     @torch.no_grad()
-    def _quantize(self, index: int, calls: Sequence[Call]) -> dict[str, Tensor]:
-        """Quantize one layer and return all that belongs into its shard, by name in the module."""
+    def _quantize(self, index: int, calls: Sequence[Call]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Quantize one layer and return its shard: tensors by name in the file, and name in the module -> in the file.
+
+        An expert's matrix, which no module has by itself, is called as `Matrices` calls it.
+        """
         name, module, linears = self.names[index], self.layers[index], self.linears[index]
         made: Mapping[str, Mapping[str, Tensor]] = {}
         if linears and (calls or not self.quantizer.calibrates):
@@ -169,11 +182,22 @@ class _Work:
             made = self.quantizer.quantize_layer(layer)
         for linear, parts in made.items():
             linears[linear].weight.data.copy_(self.quantizer.restore(parts))
+        in_file = self.matrices[index].in_file
         replaced = {f"{name}.{linear}.weight" for linear in made}
         kept = {key: value for key, value in self._state(f"{name}.").items() if key not in replaced}
-        return kept | {
-            f"{name}.{linear}.{suffix}": part for linear, parts in made.items() for suffix, part in parts.items()
+        own = {
+            f"{name}.{linear}.{suffix}": part
+            for linear, parts in made.items()
+            if linear not in in_file
+            for suffix, part in parts.items()
         }
+        stored, origins = _as_stored(self.model, kept | own)
+        for linear, path in in_file.items():
+            parts = made.get(linear) or {"weight": stored[f"{path}.weight"]}
+            stored.pop(f"{path}.weight", None)
+            stored |= {f"{path}.{suffix}": part for suffix, part in parts.items()}
+            origins |= {f"{name}.{linear}.{suffix}": f"{path}.{suffix}" for suffix in parts}
+        return stored, origins
 
     def _shared(self, index: int) -> frozenset[int]:
         own = {id(module) for module in self.layers[index].modules()}
@@ -205,21 +229,33 @@ class _Work:
             for linear in self.linears[index]:
                 path = f"{self.names[index]}.{linear}."
                 parts = {name.removeprefix(path): tensor for name, tensor in stored.items() if name.startswith(path)}
-                if "weight" not in parts or len(parts.keys() - {"bias"}) > 1:
-                    self.linears[index][linear].weight.data.copy_(self.quantizer.restore(parts))
+                quantized = "weight" not in parts or len(parts.keys() - {"bias"}) > 1
+                value = self.quantizer.restore(parts) if quantized else parts["weight"]
+                if quantized or linear in self.matrices[index].in_file:
+                    self.linears[index][linear].weight.data.copy_(value)
 
     def _finish(self, shards: Shards, checkpoint: Checkpoint) -> QuantizeReport:
         spec = checkpoint.spec
         quantized = self._quantized_names(shards)
-        all_linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
-        in_floats = tuple(name for name in all_linears if name not in quantized)
+        in_floats = [name for name in self._all_names() if name not in quantized]
         config = {name: value for name, value in spec.config.items() if name not in ("torch_dtype", "dtype")}
         config["dtype"] = str(self.dtype).removeprefix("torch.")
         config["quantization_config"] = dict(self.quantizer.config(in_floats))
         beside = [file for file in spec.path.iterdir() if file.is_file() and _is_beside(file)]
         total = shards.finish(config, beside)
         source = sum(file.stat().st_size for file in spec.path.iterdir() if file.name.endswith(WEIGHT_FILES[:-1]))
-        return QuantizeReport(self.job.output, self.group_size, len(quantized), in_floats, source, total)
+        others = [
+            f"{name}.{path}" for name, found in zip(self.names, self.matrices, strict=True) for path in found.others
+        ]
+        left = (*in_floats, *others)
+        return QuantizeReport(self.job.output, self.group_size, len(quantized), left, source, total)
+
+    def _all_names(self) -> list[str]:
+        """Every matrix that could be quantized, by name in the module."""
+        pairs = list(zip(self.names, self.matrices, strict=True))
+        within = [f"{name}.{path}" for name, found in pairs for path in (*found.linears, *found.left)]
+        linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        return list(dict.fromkeys([*within, *linears]))
 
     def _quantized_names(self, shards: Shards) -> set[str]:
         """A linear is quantized if the shards hold more of it than weight and bias."""
@@ -236,13 +272,12 @@ def _owner(name: str, paths: set[str]) -> str | None:
     return next((path for n in (1, 2, 3) if (path := ".".join(parts[:-n])) in paths), None)
 
 
-def _linears(layer: nn.Module) -> dict[str, nn.Linear]:
-    found = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-    return {
-        name: module
-        for name, module in found.items()
-        if module.out_features >= FEWEST_ROWS and module.out_features * NARROW > module.in_features
-    }
+def _one_expert_after_the_other(model: Any) -> None:
+    """Multiply with an expert at a time, where transformers knows other ways, so that each one's input is heard."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and getattr(config, "_experts_implementation", None):
+            config._experts_implementation = "eager"
 
 
 def _save_dtype(job: QuantizeJob, checkpoint: Checkpoint) -> torch.dtype:

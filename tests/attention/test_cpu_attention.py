@@ -92,8 +92,10 @@ class Case:
         scores = k.double() @ q.double() * args.scaling
         if args.softcap is not None:
             scores = torch.tanh(scores / args.softcap) * args.softcap
-        if args.bias is not None:
+        if args.bias is not None and args.bias.dim() == 1:
             scores = scores - args.bias[head].double() * (at - torch.tensor(keys))
+        if args.bias is not None and args.bias.dim() == 2:
+            scores = scores + args.bias[head, [min(at - key, args.bias.shape[1] - 1) for key in keys]].double()
         weights = scores.exp()
         total = weights.sum() + (0 if args.sinks is None else args.sinks[head].double().exp())
         return ((weights / total) @ v.double()).float()
@@ -120,6 +122,7 @@ ARGS = {
     "softcap": {"softcap": 0.7},
     "sinks": {"sinks": torch.linspace(-1, 2, HEADS)},
     "bias": {"bias": torch.linspace(0.1, 1, HEADS)},
+    "bias table": {"bias": torch.linspace(-2, 2, HEADS * 9).reshape(HEADS, 9)},
     "all": {"window": 7, "softcap": 1.5, "sinks": torch.linspace(-1, 2, HEADS), "bias": torch.linspace(0.1, 1, HEADS)},
 }
 MIXES = {

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
 from scheduling import ask, finish, make, run, run_to_the_end
+
+from core.config import EngineConfig
+from core.engine_build import mixed_prefill_tokens
 
 
 def test_a_prompt_is_cut_into_chunks_that_fit_the_budget() -> None:
@@ -21,6 +26,26 @@ def test_decodes_run_first_and_chunks_get_what_is_left() -> None:
         assert [(entry.request.id, entry.count) for entry in schedule.entries] == [("a", 1), ("b", 7)]
     assert run(scheduler) == {"a": 1, "b": 6}
     assert run(scheduler) == {"a": 1, "b": 1}
+
+
+def test_beside_decodes_prompts_of_a_step_get_a_smaller_budget_together() -> None:
+    scheduler = make(max_num_batched_tokens=12, max_mixed_prefill_tokens=5)
+    scheduler.add(ask("a", 20))
+    assert run(scheduler) == {"a": 12}
+    assert run(scheduler) == {"a": 8}
+    scheduler.add(ask("b", 4))
+    scheduler.add(ask("c", 6))
+    assert run(scheduler) == {"a": 1, "b": 4, "c": 1}
+    assert run(scheduler) == {"a": 1, "b": 1, "c": 5}
+
+
+def test_the_smaller_budget_leaves_prompts_that_cannot_be_cut_alone() -> None:
+    scheduler = make(max_num_batched_tokens=12, max_mixed_prefill_tokens=5, chunked_prefill=False)
+    scheduler.add(ask("a", 4))
+    run(scheduler)
+    scheduler.add(ask("b", 5))
+    scheduler.add(ask("c", 6))
+    assert run(scheduler) == {"a": 1, "b": 5, "c": 6}
 
 
 def test_decodes_run_before_an_older_request_that_still_prefills() -> None:
@@ -71,3 +96,9 @@ def test_an_unchunked_prompt_that_exceeds_the_rest_of_the_budget_runs_beside_no_
     assert run(scheduler) == {"a": 4, "b": 4}
     assert run(scheduler) == {"a": 1, "b": 1, "c": 4}
     assert run(scheduler) == {"a": 1, "b": 1, "c": 1, "d": 7}
+
+
+@pytest.mark.parametrize(("device", "asked", "tokens"), [("cpu", None, 64), ("cuda", None, None), ("cuda", 7, 7)])
+def test_prompts_beside_decodes_are_held_back_on_a_cpu_unless_asked_otherwise(device, asked, tokens) -> None:
+    config = EngineConfig(max_mixed_prefill_tokens=asked)
+    assert mixed_prefill_tokens(config, torch.device(device)) == tokens

@@ -47,8 +47,10 @@ def dense_attention(q, k, v, args, group):
         scores = args.softcap * torch.tanh(scores / args.softcap)
     at = torch.arange(context - new, context, device=q.device)[:, None]
     key = torch.arange(context, device=q.device)[None, :]
-    if args.bias is not None:
+    if args.bias is not None and args.bias.dim() == 1:
         scores = scores - args.bias.double()[:, None, None] * (at - key)
+    if args.bias is not None and args.bias.dim() == 2:
+        scores = scores + args.bias.double()[:, (at - key).clamp(0, args.bias.shape[1] - 1)]
     hidden = key > at
     if args.window is not None:
         hidden = hidden | (at - key >= args.window)

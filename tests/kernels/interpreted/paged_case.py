@@ -108,6 +108,7 @@ def make_args(name, heads, device="cpu", scaling=0.3):
         "softcap": {"softcap": 0.9},
         "sinks": {"sinks": torch.randn(heads, device=device)},
         "alibi": {"bias": torch.rand(heads, device=device)},
+        "table": {"bias": torch.randn(heads, 12, device=device)},
     }
     asked = {}
     for one in name.split("+"):

@@ -22,7 +22,7 @@ SHAPES = {  # kv_heads, group, k_dim, v_dim
     "80": (1, 2, 80, 80),
     "tiny": (2, 2, 6, 10),
 }
-ARGS = ["plain", "window", "window of one", "chunk", "softcap", "sinks", "alibi", "window+softcap+sinks+alibi"]
+ARGS = ["plain", "window", "window of one", "chunk", "softcap", "sinks", "alibi", "table", "window+softcap+sinks+alibi"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -42,6 +42,8 @@ FAULTS = {  # what is wrong: (file, text, text in its place, check that must fai
     "chunk begins late": ("attention_tile", "position // chunk * chunk", "position // chunk * chunk + 1", attend("chunk")),
     "no softcap": ("attention_tile", "tanh(scores) * cap", "scores * cap", attend("softcap")),
     "ALiBi upside down": ("attention_tile", "scores -= slope", "scores += slope", attend("alibi")),
+    "distances past the table": ("attention_tile", "tl.minimum(distance, distances - 1)", "tl.minimum(distance, distances - 2)", attend("table")),
+    "another head's table": ("attention_tile", "head[:, None] * distances", "(head[:, None] + 1) % 4 * distances", attend("table")),
     "old sums not scaled": ("attention_tile", "acc * shrink[:, None]", "acc", attend()),
     "old total not scaled": ("attention_tile", "total * shrink +", "total +", attend()),
     "rest of K forgotten": ("attention_tile", "if K_REST > 0", "if K_REST > 999", attend(k_dim=40)),
@@ -59,9 +61,10 @@ FAULTS = {  # what is wrong: (file, text, text in its place, check that must fai
     "tiles overlap": ("paged_prefill", "(rows < BLOCK_M // heads * heads)", "(rows < BLOCK_M)", attend(group=3, lens=((30, 20),))),
     "K/V to the wrong slot": ("write_kv", "offset = slot % BLOCK_SIZE", "offset = slot // 4 % BLOCK_SIZE", attend()),
     "norm over the padding": ("rms_norm", "/ size", "/ PADDED", run(test_rows.test_rms_norm, 100, True, True, F32)),
-    "gemma's 1 forgotten": ("rms_norm", "(1.0 + factor)", "factor", run(test_rows.test_rms_norm, 100, True, True, F32)),
-    "rotation backwards": ("rotary", "b * c + a * s", "b * c - a * s", run(test_rows.test_rotary, 3, 16, 8, False, F32)),
-    "rest not copied": ("rotary", "if 2 * HALF < DIM", "if 2 * HALF > DIM", run(test_rows.test_rotary, 2, 20, 6, False, F32)),
+    "heads of a norm mixed up": ("rms_norm", "row % heads * x_head", "row % heads * x_head // 2", run(test_rows.test_rms_norm_of_strided_heads)),
+    "residual not counted": ("rms_norm", "h += tl.load(", "h -= tl.load(", run(test_rows.test_rms_norm, 100, True, True, F32)),
+    "rotation backwards": ("rotary", "rounded(b * c, dtype, WIDEN).to(tl.float32) +", "rounded(b * c, dtype, WIDEN).to(tl.float32) -", run(test_rows.test_rotary, 3, 16, 8, False, F32)),
+    "rest not copied": ("rotary", "if COPIES", "if not COPIES", run(test_rows.test_rotary, 2, 20, 6, False, F32)),
     "pairs mixed up": ("rotary", "if INTERLEAVED", "if not INTERLEAVED", run(test_rows.test_rotary, 3, 16, 8, True, F32)),
     "gate is up": ("gated_activation", "x_token + inner + place", "x_token + place", run(test_rows.test_gated_activation, "silu", F32)),
     "gelu of the wrong kind": ("gated_activation", 'ACTIVATION == "gelu"', 'ACTIVATION != "gelu"', run(test_rows.test_gated_activation, "gelu", F32)),
@@ -70,6 +73,8 @@ FAULTS = {  # what is wrong: (file, text, text in its place, check that must fai
     "min-p ignored": ("sample", "min_ps + place).to(tl.float32)", "min_ps + place).to(tl.float32) * 0.0", sampled),
     "another step's number": ("sample", "(step + 1)", "(step + 2)", sampled),
     "nibbles swapped": ("dequant_matmul", "two & 15, two >> 4", "two >> 4, two & 15", run(test_matmul.test_dequantize_and_multiply, "awq and gptq", F32)),
+    "middle code is no zero": ("dequant_matmul", "code.to(tl.float32) - MIDDLE", "code.to(tl.float32)", run(test_matmul.test_dequantize_and_multiply, "4 bits around the middle", F32)),
+    "table is not read": ("dequant_matmul", "code = tl.load(table + code.to(tl.int32))", "code = code.to(tl.float32)", run(test_matmul.test_dequantize_and_multiply, "nf4", F32)),
     "first group's scales for all": ("dequant_matmul", "start // group", "0 // group", run(test_matmul.test_dequantize_and_multiply, "awq and gptq", F32)),
     "wrong expert": ("grouped_matmul", "expert.to(tl.int64) * weights_expert", "(expert // 2).to(tl.int64) * weights_expert", run(test_matmul.test_grouped_matmul_gives_each_row_its_experts_weight, [5, 0, 19], F32)),
     "state does not decay": ("gated_linear_attention", "s *= tl.exp(", "s *= 0.0 * tl.exp(", run(test_state.test_gated_linear_attention, True, False, F32)),
@@ -89,6 +94,7 @@ def plant(monkeypatch, folder, name, text, fault):
     file.write_text(source.replace(text, fault))
     spec = importlib.util.spec_from_file_location(file.stem, file)
     faulty = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, faulty)  # where dataclasses look up their module
     spec.loader.exec_module(faulty)
     kernels = {key: value for key, value in vars(right).items() if isinstance(value, KernelInterface)}
     for loaded in [module for key, module in sys.modules.items() if key.startswith("core.kernels.")]:

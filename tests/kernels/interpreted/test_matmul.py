@@ -5,7 +5,7 @@ import torch
 from helpers import assert_near, poisoned
 
 from core.errors import KernelError
-from core.kernels.dequant_matmul import dequant_matmul
+from core.kernels.dequant_matmul import Codes, dequant_matmul
 from core.kernels.grouped_matmul import grouped_matmul
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -16,10 +16,10 @@ def pack(codes):
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
-def plain_weight(codes, scales, zeros, offsets):
-    group = codes.shape[1] // scales.shape[1]
+def plain_weight(codes, scales, zeros, offsets, group):
+    size = codes.shape[1]
     scales, zeros, offsets = (
-        x if x is None else x.double().repeat_interleave(group, 1) for x in (scales, zeros, offsets)
+        x if x is None else x.double().repeat_interleave(group, 1)[:, :size] for x in (scales, zeros, offsets)
     )
     weight = codes.double() - (0 if zeros is None else zeros)
     return weight * scales + (0 if offsets is None else offsets)
@@ -29,8 +29,11 @@ FORMATS = {  # bits, group, in, zeros, offsets, bias
     "awq and gptq": (4, 32, 96, True, False, False),
     "4 bits with offsets": (4, 64, 128, False, True, True),
     "4 bits, one scale a row": (4, 70, 70, True, False, False),
+    "4 bits around the middle": (4, 64, 64, False, False, False),
+    "nf4": (4, 64, 128, False, False, False),
     "int8, one scale a row": (8, 50, 50, False, False, True),
     "uint8 in groups": (8, 128, 256, True, False, False),
+    "float8 in blocks, the last one short": (8, 64, 100, False, False, True),
 }
 
 
@@ -41,21 +44,26 @@ def test_dequantize_and_multiply(name, dtype, device):
     outputs, rows, signed = 75, 5, name.startswith("int8")
     low, high = (-128, 128) if signed else (0, 2**bits)
     codes = torch.randint(low, high, (outputs, size), dtype=torch.int8 if signed else torch.uint8, device=device)
-    numbers = (outputs, size // group)
+    numbers = (outputs, -(-size // group))
     scales = (torch.rand(numbers, device=device) / 8 + 0.01).to(dtype)
     zeros = torch.randint(0, 2**bits, numbers, dtype=torch.uint8, device=device) if has_zeros else None
     offsets = torch.randn(numbers, device=device).to(dtype) if has_offsets else None
     bias = torch.randn(outputs, device=device).to(dtype) if has_bias else None
     x = torch.randn(rows, size, device=device).to(dtype)
     y = poisoned(rows, outputs, dtype=dtype, device=device)
-    dequant_matmul(x, pack(codes) if bits == 4 else codes, scales, y, bits, zeros, offsets, bias)
-    wanted = x.double() @ plain_weight(codes, scales, zeros, offsets).T
+    kept = pack(codes) if bits == 4 else codes
+    table = torch.randn(2**bits, device=device) if name.startswith(("nf4", "float8")) else None
+    middle = 8 if "middle" in name else None
+    dequant_matmul(x, Codes(kept, scales, bits, group, size, zeros, offsets, middle, table), y, bias)
+    values = codes.double() - (middle or 0) if table is None else table[codes.int()]
+    wanted = x.double() @ plain_weight(values, scales, zeros, offsets, group).T
     assert_near(y, wanted + (0 if bias is None else bias.double()), dtype)
 
 
 def test_groups_that_no_kernel_takes_are_refused():
     with pytest.raises(KernelError, match="groups of 24 columns; they must be a multiple of 32"):
-        dequant_matmul(torch.ones(1, 48), torch.ones(8, 24, dtype=torch.uint8), torch.ones(8, 2), torch.ones(1, 8), 4)
+        weight = Codes(torch.ones(8, 24, dtype=torch.uint8), torch.ones(8, 2), 4, 24, 48)
+        dequant_matmul(torch.ones(1, 48), weight, torch.ones(1, 8))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -57,7 +57,7 @@ class RotaryKernel:
         self._run = library.rotate
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-        tokens, heads, width = x.shape
+        tokens, heads, width = *x.shape[:2], cos.shape[2]
         token_stride, head_stride, _ = x.stride()
         self._run(
             x.data_ptr(), cos.data_ptr(), sin.data_ptr(), tokens, heads, width, token_stride, head_stride, cos.stride(0)

@@ -42,15 +42,15 @@ class CpuKernels:
         made = self.library.make(spec)
         return None if made is None else KernelFunction(self.library, made, spec, kept)
 
-    def rms_norm(self, weight: Tensor, eps: float) -> NormKernel | None:
-        return NormKernel(self.library, weight, eps) if _is_plain(weight) else None
+    def rms_norm(self, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> NormKernel | None:
+        return NormKernel(self.library, weight, eps) if _is_plain(weight) and dtype is torch.float32 else None
 
-    def gate(self, activation: str) -> GateKernel | None:
-        kind = ACTIVATIONS.get(activation)
+    def gate(self, activation: str, dtype: torch.dtype = torch.float32) -> GateKernel | None:
+        kind = ACTIVATIONS.get(activation) if dtype is torch.float32 else None
         return None if kind is None else GateKernel(self.library, kind)
 
-    def rotary(self) -> RotaryKernel:
-        return RotaryKernel(self.library)
+    def rotary(self, dtype: torch.dtype = torch.float32, interleaved: bool = False) -> RotaryKernel | None:
+        return None if interleaved or dtype is not torch.float32 else RotaryKernel(self.library)
 
 
 def _is_plain(weight: Tensor) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from core.contracts import Checkpoint, Model, Refusal
-from core.layers import pack_linears, take_kernels
+from core.layers import pack_linears, reads_on_device, take_kernels
 from core.layers.embedding import Head, make_room
 from core.layers.linear import Linear, Loader, MergedLinear
 from core.model_loader import BuildContext
@@ -26,7 +26,6 @@ def load(config: LlamaConfig, checkpoint: Checkpoint, context: BuildContext) -> 
         model = LlamaModel(config, context.dtype, context.device)
     if context.quant_method is not None:
         make_room(model, context.device)
-        model.features = replace(model.features, captures_decode=False)  # a format's product may read from the host
     loaders = _loaders(model)
     tensors = weight_stream(checkpoint, context, linears=_linears(loaders))
     needed = (pair for pair in tensors if pair[0] in loaders or context.quant_method is None or not says_nothing(*pair))
@@ -36,6 +35,8 @@ def load(config: LlamaConfig, checkpoint: Checkpoint, context: BuildContext) -> 
     pack_linears(model, kinds=(Linear, MergedLinear, Head), kernels=context.kernels)
     if context.kernels is not None:
         take_kernels(model, context.kernels)
+    if not reads_on_device(model):
+        model.features = replace(model.features, captures_decode=False)
     return model.eval()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from core.contracts import Checkpoint
 from core.errors import CheckpointError
 from core.layers import AffineTensor
-from core.quant_weights import by_module, located, read_part
+from core.quant_weights import as_its_module_has_it, by_module, located, read_part
 from core_quant_awq.packing import codes_of_gemm, codes_of_gemv, codes_of_gemv_fast, rows_of_gemm, zeros_of_gemv
 from core_quant_awq.settings import AwqSettings
 
@@ -36,7 +36,8 @@ class AwqMethod:
             if f"{module}.weight" in plain:
                 raise CheckpointError(f"{module} has a weight in floats and a quantized one in {checkpoint.spec.path}.")
             self._check_parts(checkpoint, module, found)
-            yield f"{module}.weight", _Reader(self.settings, checkpoint, module, found).weight(dtype)
+            weight = _Reader(self.settings, checkpoint, module, found).weight(dtype)
+            yield f"{module}.weight", as_its_module_has_it(checkpoint.spec, weight)
 
     def quantize(self, name: str, weight: Tensor) -> Tensor:
         raise NotImplementedError("AWQ checkpoints come quantized")

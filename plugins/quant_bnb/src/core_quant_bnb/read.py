@@ -20,8 +20,8 @@ from torch import Tensor
 
 from core.contracts import Checkpoint
 from core.errors import CheckpointError
-from core.layers import QuantizedTensor, TransposedTensor
-from core.quant_weights import located, read_part
+from core.layers import QuantizedTensor
+from core.quant_weights import as_its_module_has_it, located, read_part
 from core_quant_bnb import four_bit, int8
 
 WEIGHT = ".weight"
@@ -29,7 +29,6 @@ STATE = ".quant_state.bitsandbytes__"
 KINDS = ("nf4", "fp4")
 FOUR_BIT_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", *(STATE + kind for kind in KINDS))
 INT8_PARTS = (".SCB", ".weight_format")
-CONV1D_TYPES = frozenset({"gpt2", "imagegpt", "openai-gpt", "decision_transformer"})  # linears stored as [in, out]
 
 
 def read_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -76,10 +75,8 @@ def _read(checkpoint: Checkpoint, name: str, parts: Mapping[str, str], dtype: to
         made = _read_four_bit(checkpoint, name, weight, parts, dtype)
     else:
         return weight
-    if checkpoint.spec.model_type not in CONV1D_TYPES:
-        return made
-    # Such linears have their weight transposed in a float checkpoint, but not in one of bitsandbytes.
-    return TransposedTensor.of(made) if isinstance(made, QuantizedTensor) else made.to(dtype=dtype).T.contiguous()
+    made = made if isinstance(made, QuantizedTensor) else made.to(dtype=dtype)
+    return as_its_module_has_it(checkpoint.spec, made)
 
 
 def _part(checkpoint: Checkpoint, weight: str, parts: Mapping[str, str], suffix: str, shape: Sequence[int]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from core.contracts import Checkpoint
 from core.errors import CheckpointError, ConfigError
 from core.layers import QuantizedTensor
-from core.quant_weights import by_module, located
+from core.quant_weights import as_its_module_has_it, by_module, located
 from core.spec import ModelSpec
 from core_quant_compressed_tensors.layout import Misfit, build_weight
 from core_quant_compressed_tensors.scheme import matches, read_schemes, scheme_of
@@ -54,7 +54,8 @@ class CompressedTensorsMethod:
         for module, parts in modules.items():
             if f"{module}.weight" in held:
                 parts = parts | {"weight"}
-            yield f"{module}.weight", self._weight(checkpoint, module, parts, dtype)
+            weight = self._weight(checkpoint, module, parts, dtype)
+            yield f"{module}.weight", as_its_module_has_it(checkpoint.spec, weight)
 
     def _say(self) -> None:
         if any(scheme.quantizes_inputs for scheme in self.schemes):

@@ -18,7 +18,7 @@ from torch import Tensor
 from core.contracts import Checkpoint
 from core.errors import CheckpointError
 from core.layers import AffineTensor, pack_codes, unpack_codes
-from core.quant_weights import by_module, located, read_part
+from core.quant_weights import as_its_module_has_it, by_module, located, read_part
 from core_quant_gptq.settings import BITS, GptqSettings
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -48,7 +48,8 @@ class GptqMethod:
                     raise CheckpointError(
                         f"Tensor '{module}.{part}' is missing. {located(checkpoint, there)} needs it."
                     )
-            yield f"{module}.weight", self._weight(checkpoint, module, "g_idx" in found, dtype)
+            weight = self._weight(checkpoint, module, "g_idx" in found, dtype)
+            yield f"{module}.weight", as_its_module_has_it(checkpoint.spec, weight)
 
     def quantize(self, name: str, weight: Tensor) -> Tensor:
         raise NotImplementedError("GPTQ checkpoints come quantized")

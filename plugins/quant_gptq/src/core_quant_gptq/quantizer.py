@@ -56,8 +56,8 @@ class GptqQuantizer:
         in_place = torch.empty_like(codes)
         in_place[:, order] = codes
         return {
-            "qweight": pack_codes(in_place, BITS).contiguous().view(torch.int32).T.contiguous(),
-            "qzeros": pack_codes((zeros - 1).T.contiguous(), BITS).contiguous().view(torch.int32),
+            "qweight": _words(in_place).T.contiguous(),
+            "qzeros": _words((zeros - 1).T),
             "scales": scales.T.contiguous(),
             "g_idx": g_idx,
         }
@@ -80,6 +80,11 @@ class GptqQuantizer:
             "checkpoint_format": "gptq",
             "dynamic": {f"-:{name.replace('.', chr(92) + '.')}": {} for name in in_floats},
         }
+
+
+def _words(codes: Tensor) -> Tensor:
+    """Codes [rows, n] -> int32 [rows, n / 8]."""
+    return pack_codes(codes, BITS).flatten().view(torch.int32).view(len(codes), -1)
 
 
 def _round_columns(weight: Tensor, gram: Tensor, size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,7 +26,7 @@ class Norm:
         self.scale, self.plain, self.size = scale.contiguous(), plain, len(scale)
         self.eps = eps
         self.floor = torch.full((1,), eps, device=scale.device)
-        self.kernel: NormKernel | None = None if kernels is None else kernels.rms_norm(self.scale, eps)
+        self.kernel: NormKernel | None = None if kernels is None else kernels.rms_norm(self.scale, eps, torch.float32)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype is not torch.float32:
@@ -49,7 +49,7 @@ class Norm:
 
 def gated(activation: str, kernels: Kernels | None) -> Callable[[Tensor], Tensor]:
     """Return x [..., 2 n] -> activation(x[..., :n]) * x[..., n:]."""
-    kernel = None if kernels is None else kernels.gate(activation)
+    kernel = None if kernels is None else kernels.gate(activation, torch.float32)
     if kernel is not None:
         return kernel
     function = ACTIVATIONS[activation]
@@ -63,7 +63,7 @@ def gated(activation: str, kernels: Kernels | None) -> Callable[[Tensor], Tensor
 
 def rotation(kernels: Kernels | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Return the function that turns x [tokens, heads, dim] in halves by cos and sin [tokens, 1, dim]; x may change."""
-    kernel = None if kernels is None else kernels.rotary()
+    kernel = None if kernels is None else kernels.rotary(torch.float32)
     if kernel is None:
         return apply_rotary
 
