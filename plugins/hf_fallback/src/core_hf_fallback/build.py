@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,13 +17,14 @@ from core.contracts import Checkpoint, Model, Refusal
 from core.errors import CheckpointError, CoreError
 from core.layers import give_kernels, pack_linears, unpack_linears
 from core.model_loader import BuildContext
+from core_hf_fallback.alike import Alike, NotAlike, find_alike
 from core_hf_fallback.blame import is_ours
 from core_hf_fallback.cache import CacheModel, Stepper
 from core_hf_fallback.interface import bind, bindings_of, configs_of
 from core_hf_fallback.load import load_module
 from core_hf_fallback.module_state import ModuleState
 from core_hf_fallback.paged import NotPaged, PagedModel, logits_of
-from core_hf_fallback.patches.calls import linear_calls
+from core_hf_fallback.patches.calls import LinearCalls, linear_calls
 from core_hf_fallback.patches.patcher import Patcher
 from core_hf_fallback.probe import LONG, SHORT, Probe, layout_for, rows_difference, run_rows
 from core_hf_fallback.ropes import Ropes
@@ -47,10 +47,25 @@ class Loaded:
         self.counts_tokens = False  # it takes positions from a count of tokens, which padding would falsify
         self.embedding_size = embedding_size(module)
         self.layout = layout_for(module, max_len)
+        self.alike = find_alike(module, configs_of(module)) if not self.ropes else None
+
+    @cached_property
+    def probe(self) -> Probe:
+        """What the module itself gives, with all its layers."""
         found: list[Probe] = []
         # Some models keep state in their modules; it is put back, so that no tier finds the probe's.
-        ModuleState(module).learn(lambda: found.append(self._plain_probe()))
-        self.probe = found[0]
+        ModuleState(self.module).learn(lambda: found.append(self._plain_probe()))
+        return found[0]
+
+    def probe_of_few(self, alike: Alike) -> Probe:
+        """What the module gives with one layer of each kind. Raises NotAlike if that cannot be asked."""
+        found: list[Probe] = []
+        state = ModuleState(self.module)
+        with alike.others_let_through(self.module):
+            state.learn(lambda: found.append(self._plain_probe()))
+        if state.places:
+            raise NotAlike("it keeps state in its modules")
+        return found[0]
 
     def _plain_probe(self) -> Probe:
         """Raises CheckpointError with the model's own words if it fails on a text alone."""
@@ -103,11 +118,21 @@ class Loaded:
 
 def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Model | Refusal:
     """Build one tier, or refuse with what the probe found."""
+    with context.stopwatch.on("probing"):
+        built = _build_tier(tier, checkpoint, context)
+    if not isinstance(built, Refusal):
+        logger.info("probed %s: right (%s)", built.impl_name, context.stopwatch)
+    return built
+
+
+def _build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Model | Refusal:
     max_len = context.options.max_model_len or checkpoint.spec.max_context or DEFAULT_MAX_LEN
     loaded = context.shared.get(SHARED)
     if loaded is None:
         warn_if_untested()
-        loaded = context.shared[SHARED] = Loaded(load_module(checkpoint, context), max_len)
+        with context.stopwatch.on("loading"):
+            module = load_module(checkpoint, context)
+        loaded = context.shared[SHARED] = Loaded(module, max_len)
     if tier != "cache" and loaded.ropes.unknown is not None:
         return Refusal(f"{loaded.ropes.unknown} rotates by the length of the longest text in the batch")
     if tier != "cache" and loaded.ropes.forgets_after is not None:
@@ -125,18 +150,22 @@ def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Mode
 
 def _paged(loaded: Loaded, context: BuildContext, forget_pages: Callable[[], None] | None) -> Model | Refusal:
     """`forget_pages` lets go of a mapped file's, where weights were copied to merge them."""
-    start = time.monotonic()
-    binding = bind(loaded.module)
+    if loaded.alike is not None:
+        few = _paged_by_few(loaded, loaded.alike, context)
+        if few is not None:
+            return few
+        loaded.restore_attention()
+    probe, binding = loaded.probe, bind(loaded.module)
     patcher: Patcher | None = None
     try:
         with linear_calls(loaded.module) as calls:
-            model = PagedModel(loaded.module, binding, loaded.ropes, *loaded.probe.beginning(context.device))
-        patcher = Patcher(loaded.module, calls, context.kernels, context.options.disable_patches)
+            model = PagedModel(loaded.module, binding, loaded.ropes, *probe.beginning(context.device))
+        patcher = _patcher(loaded, calls, context)
 
         def check() -> str | None:
             if forget_pages is not None:
                 forget_pages()
-            return loaded.probe.difference(model, context.make_attention(), context.device)
+            return probe.difference(model, context.make_attention(), context.device)
 
         wrong = patcher.settle(check)
     except (NotPaged, CoreError) as reason:
@@ -151,15 +180,52 @@ def _paged(loaded: Loaded, context: BuildContext, forget_pages: Callable[[], Non
         if patcher is not None:
             patcher.undo()  # the next tier checks for itself what packing changes
         return Refusal(wrong or "nothing was probed")
+    return _finished(model, patcher)
+
+
+def _paged_by_few(loaded: Loaded, alike: Alike, context: BuildContext) -> Model | None:
+    """Probe the first layer of each kind and do to all what is right for these; None if anything at all is amiss."""
+    module = loaded.module
+    binding = bind(module)
+    patcher: Patcher | None = None
+    try:
+        probe = loaded.probe_of_few(alike)
+        with alike.others_let_through(module, lambda: len(binding.masks)), linear_calls(module) as calls:
+            model = PagedModel(module, binding, loaded.ropes, *probe.beginning(context.device))
+        patcher = _patcher(loaded, calls, context)
+
+        def check() -> str | None:
+            with alike.others_let_through(module):
+                return probe.difference(model, context.make_attention(), context.device)
+
+        wrong = patcher.settle(check)
+    except Exception as error:  # noqa: BLE001 - whatever it is, all layers are probed next, and that may raise
+        wrong = f"{type(error).__name__}: {error}"
+    if wrong is not None or patcher is None:
+        logger.info("probing all layers, since with one of each kind: %s", wrong)
+        if patcher is not None:
+            patcher.undo()
+        return None
+    binding.carry_over(alike)
+    patcher.carry_over(alike)
+    logger.info("probed %d of %d layers, to which the others are alike", len(set(alike.like)), len(alike.like))
+    return _finished(model, patcher)
+
+
+def _patcher(loaded: Loaded, calls: LinearCalls, context: BuildContext) -> Patcher:
+    return Patcher(loaded.module, calls, context.kernels, context.options.disable_patches, context.stopwatch)
+
+
+def _finished(model: PagedModel, patcher: Patcher) -> PagedModel:
     model.forget_recording()
     model.features = replace(model.features, patches=tuple(patcher.counts))
-    seconds = time.monotonic() - start
-    logger.info("probed transformers/paged in %.2f s: right; patches: %s", seconds, patcher.summary)
+    logger.info("patches: %s", patcher.summary)
     return model
 
 
 def _pack(module: nn.Module, called: set[nn.Module], context: BuildContext) -> None:
-    pack_linears(module, kinds=(nn.Linear,), only=called, kernels=context.kernels)
+    with context.stopwatch.on("packing"):
+        pack_linears(module, kinds=(nn.Linear,), only=called, kernels=context.kernels)
     give_kernels(module, context.kernels)
 
 
@@ -177,18 +243,14 @@ def calls_of(module: nn.Module, kind: type[nn.Module]) -> Iterator[set[nn.Module
 
 
 def _rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refusal:
-    start = time.monotonic()
     try:
-        built = _probed_rows(loaded, context, max_len)
+        return _probed_rows(loaded, context, max_len)
     except CannotBatch as reason:
         return Refusal(str(reason))
     except Exception as error:  # the model's code: whatever it raises on a batch declines this tier
         if is_ours(error, loaded.module):
             raise
         return Refusal(f"the module fails on several requests at once: {type(error).__name__}: {error}")
-    if not isinstance(built, Refusal):
-        logger.info("probed %s in %.2f s: right", built.impl_name, time.monotonic() - start)
-    return built
 
 
 def _run(

@@ -19,6 +19,7 @@ from core.batch import Batch
 from core.contracts import AttentionArgs, KVSpec
 from core.errors import UnsupportedAttention
 from core.reach import Reach
+from core_hf_fallback.alike import Alike
 from core_hf_fallback.masks import Mask, MaskFunction, read_mask
 from core_hf_fallback.taint import CountedTokens
 
@@ -111,6 +112,14 @@ class Binding:
             self.specs.clear()
             self.recorded.clear()
             self.masks.clear()
+
+    def carry_over(self, alike: Alike) -> None:
+        """Add the layers that were let through in the recording forward, like those that ran."""
+        for (name, occurrence), layer in list(self.layers.items()):
+            for path in alike.translated(name):
+                self.layers[path, occurrence] = len(self.specs)
+                self.specs.append(replace(self.specs[layer], name=path))
+                self.recorded.append(self.recorded[layer])
 
     @contextmanager
     def noting_problems(self) -> Iterator[None]:

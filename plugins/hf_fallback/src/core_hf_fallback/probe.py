@@ -123,7 +123,7 @@ class Probe:
         ids = {name: drawn[row, :count].tolist() for row, (name, count) in enumerate(layout.lengths.items())}
         with torch.inference_mode():
             if together:
-                logits: Sequence[Tensor] = plain(drawn)
+                logits: Sequence[Tensor] = list(plain(drawn))
             else:
                 logits = [plain(torch.tensor([text]))[0] for text in ids.values()]
         # Copies: of a large vocabulary the whole batch is 40 MB.

@@ -4,12 +4,14 @@
 
 Which linears share an input, the recording forward has seen. While serving nothing is taken for granted: a part that is
 given another tensor, or the same one a second time, has the product computed anew.
+
+Large weights stay apart on a CPU: merging copies them, and what it saves is a call.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 from core.contracts import Kernels
 from core.layers import QuantizedTensor
 from core_hf_fallback.patches.calls import LinearCalls
+
+MOST_ON_CPU = 16 << 20  # bytes of a product's weights: reading more takes so long that one call less is no gain
 
 
 class Last:
@@ -108,7 +112,7 @@ def merge_linears(module: nn.Module, calls: LinearCalls, _: Kernels | None) -> l
     for paths in calls.siblings():
         parts = [module.get_submodule(path) for path in paths]
         plain = [part for part in parts if type(part) is nn.Linear and _can_merge(part, shared)]
-        if len(plain) == len(parts) and _join(plain):
+        if len(plain) == len(parts) and _join(plain) and _gains(plain):
             undo.append(_merge(module, paths, plain))
     return undo
 
@@ -160,6 +164,16 @@ def _join(parts: Sequence[nn.Linear]) -> bool:
     if isinstance(first, QuantizedTensor) and not all(first.joins(part.weight) for part in parts[1:]):
         return False
     return len({(*_kind(part), type(part.weight)) for part in parts}) == 1
+
+
+def _gains(parts: Sequence[nn.Linear]) -> bool:
+    """False on a CPU for large weights, which would be copied, mapped files into memory too."""
+    held = [one for part in parts for one in _tensors(part.weight)]
+    return held[0].device.type != "cpu" or sum(one.nbytes for one in held) <= MOST_ON_CPU
+
+
+def _tensors(weight: Tensor) -> Collection[Tensor]:
+    return weight.parts.values() if isinstance(weight, QuantizedTensor) else (weight,)
 
 
 def _kind(part: nn.Linear) -> tuple[object, ...]:
