@@ -161,6 +161,8 @@ def _paged(loaded: Loaded, context: BuildContext, forget_pages: Callable[[], Non
         with linear_calls(loaded.module) as calls:
             model = PagedModel(loaded.module, binding, loaded.ropes, *probe.beginning(context.device))
         patcher = _patcher(loaded, calls, context)
+        if forget_pages is not None:
+            forget_pages()  # what was read so far: merging reads some of it again, and copies that
 
         def check() -> str | None:
             if forget_pages is not None:

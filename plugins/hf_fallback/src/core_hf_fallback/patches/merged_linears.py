@@ -11,15 +11,17 @@ Large weights stay apart on a CPU: merging copies them, and what it saves is a c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from core.contracts import Kernels
 from core.layers import QuantizedTensor
+from core.memory import trim
 from core_hf_fallback.patches.calls import LinearCalls
 
+BETWEEN_TRIMS = 16 << 20  # bytes of merged weights; their parts' memory is given back then
 MOST_ON_CPU = 16 << 20  # bytes of a product's weights: reading more takes so long that one call less is no gain
 
 
@@ -109,11 +111,16 @@ def merge_linears(module: nn.Module, calls: LinearCalls, _: Kernels | None) -> l
     """Merge every group that can be; return how to undo each."""
     shared = _shared(module)
     undo = []
+    merged = 0
     for paths in calls.siblings():
         parts = [module.get_submodule(path) for path in paths]
         plain = [part for part in parts if type(part) is nn.Linear and _can_merge(part, shared)]
         if len(plain) == len(parts) and _join(plain) and _gains(plain):
             undo.append(_merge(module, paths, plain))
+            merged += _size(module.get_submodule(paths[0]).merged.linear)
+            if merged > BETWEEN_TRIMS:
+                merged = 0
+                trim()
     return undo
 
 
@@ -168,12 +175,13 @@ def _join(parts: Sequence[nn.Linear]) -> bool:
 
 def _gains(parts: Sequence[nn.Linear]) -> bool:
     """False on a CPU for large weights, which would be copied, mapped files into memory too."""
-    held = [one for part in parts for one in _tensors(part.weight)]
-    return held[0].device.type != "cpu" or sum(one.nbytes for one in held) <= MOST_ON_CPU
+    return parts[0].weight.device.type != "cpu" or sum(map(_size, parts)) <= MOST_ON_CPU
 
 
-def _tensors(weight: Tensor) -> Collection[Tensor]:
-    return weight.parts.values() if isinstance(weight, QuantizedTensor) else (weight,)
+def _size(part: nn.Linear) -> int:
+    """Bytes of a linear's weight."""
+    held = part.weight.parts.values() if isinstance(part.weight, QuantizedTensor) else (part.weight,)
+    return sum(one.nbytes for one in held)
 
 
 def _kind(part: nn.Linear) -> tuple[object, ...]:
