@@ -24,8 +24,8 @@ ABSENT = Absent()
 class ModuleState:
     """Takes such state out of the modules and puts it back, request by request.
 
-    State is a tensor, a number or a text in an attribute, None where one of these will be, or lists, tuples and dicts
-    of them.
+    State is a tensor, a number or a text in an attribute, None where one of these will be, lists, tuples and dicts of
+    them, and which module stands in a place.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -63,6 +63,7 @@ class ModuleState:
             for attribute, value in _attributes(module):
                 if _is_state(value) and not (value is None and attribute.startswith("_")):
                     found[name, attribute] = _own(value)
+            found |= {(name, attribute): child for attribute, child in module._modules.items()}
         return found
 
     def reset(self) -> None:
@@ -115,6 +116,8 @@ def _differs(before: Any, after: Any) -> bool:
         return before.shape != after.shape or not torch.equal(before, after)
     if isinstance(before, (list, tuple)):
         return len(before) != len(after) or any(map(_differs, before, after))
+    if isinstance(before, nn.Module):
+        return before is not after
     if isinstance(before, dict):
         return before.keys() != after.keys() or any(_differs(before[key], after[key]) for key in before)
     return bool(before != after)
