@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from core.batch import Batch
 from core.contracts import AttentionBackend, KVSpec, Model
-from core.errors import UnsupportedAttention
+from core.errors import CheckpointError, UnsupportedAttention
 from core.request import Request, ScheduledTokens
 from core.runner import Runner
 from core.sampling_params import SamplingParams
@@ -126,6 +126,8 @@ class Probe:
                 logits: Sequence[Tensor] = list(plain(drawn))
             else:
                 logits = [plain(torch.tensor([text]))[0] for text in ids.values()]
+        if any(bool(rows.isnan().any()) for rows in logits):
+            raise CheckpointError("The model's own module puts out NaN: some of its weights are not finite numbers.")
         # Copies: of a large vocabulary the whole batch is 40 MB.
         wanted = {name: rows[: len(ids[name])].float().clone() for name, rows in zip(ids, logits, strict=True)}
         return cls(layout, ids, wanted, embedding)

@@ -9,6 +9,7 @@ rms-norm         x / sqrt(mean(x^2) + eps) times w or 1 + w in four operations i
 gated-mlp        down(activation(gate(x)) * up(x)) in three calls
 attention-block  projections, norms by head, rotation, attention and output in as few calls as that
 decoder-layer    x + attention(norm(x)), then + mlp(norm(that)), where additions join the norms that follow them
+layer-stack      such layers one after the other in a single call, where the device has kernels for it
 child-lookup     a module finds its children without nn.Module.__getattr__
 """
 
@@ -18,7 +19,7 @@ from collections.abc import Iterable
 
 from core.errors import ConfigError
 
-NAMES = ("merged-linears", "rms-norm", "gated-mlp", "attention-block", "decoder-layer", "child-lookup")
+NAMES = ("merged-linears", "rms-norm", "gated-mlp", "attention-block", "decoder-layer", "layer-stack", "child-lookup")
 
 
 def check_names(names: Iterable[str]) -> None:

@@ -55,9 +55,9 @@ class LinearCalls:
 
     def carry_over(self, alike: Alike) -> None:
         """Note for every layer that was let through what was seen of the one that it is like."""
-        self.blocks = {path: found for path, found in self.blocks.items() if path not in dict(alike.pairs())}
         others = {path: [replace(call, of_another=True) for call in found] for path, found in self.blocks.items()}
-        self.blocks |= _carried_over(others, alike)
+        through = {path: others[path] for path, _ in alike.pairs() if path in others}  # these were called themselves
+        self.blocks |= _carried_over(others, alike) | through
         self.counts |= _carried_over(self.counts, alike)
         self.choices |= _carried_over(self.choices, alike)
         for tensor, copy, paths in list(self.inputs):

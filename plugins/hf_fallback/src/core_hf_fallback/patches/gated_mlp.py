@@ -56,25 +56,31 @@ def _candidates(block: nn.Module, kernels: Kernels | None) -> Iterator[tuple[str
     widths = {int(part.out_features) for part in first}  # type: ignore[arg-type]
     if widths != {int(down.in_features) * (3 - len(first))}:  # type: ignore[arg-type]
         return
-    product = first[0].forward if len(first) == 1 else together(first)
-    for activation, function in ACTIVATIONS.items():
-        if product is None:
-            inner = _two_products(first[0].forward, first[1].forward, function)
+    product = first[0] if len(first) == 1 else together(first)
+    for activation in ACTIVATIONS:
+        yield (
+            activation,
+            FusedMLP([product] if product is not None else first, down, activation, kernels, block.forward),
+        )
+
+
+class FusedMLP:
+    """The quicker form: a product for gate and up, or one for each."""
+
+    def __init__(
+        self, first: list[nn.Module], down: nn.Module, activation: str, kernels: Kernels | None, plain: Forward
+    ) -> None:
+        self.first, self.down, self.plain = first, down, plain
+        self.gate_kernel = None if kernels is None else kernels.gate(activation, torch.float32)
+        self._multiply, self._down = [part.forward for part in first], down.forward
+        self._gate, self._activation = gated(activation, kernels), ACTIVATIONS[activation]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype is not torch.float32:
+            return self.plain(x)
+        if len(self._multiply) == 1:
+            inner = self._gate(self._multiply[0](x))
         else:
-            inner = _one_product(product, gated(activation, kernels))
-        yield activation, _gated_mlp(inner, down.forward, block.forward)
-
-
-def _one_product(product: Forward, gate: Forward) -> Forward:
-    return lambda x: gate(product(x))
-
-
-def _two_products(gate: Forward, up: Forward, activation: Forward) -> Forward:
-    return lambda x: activation(gate(x)) * up(x)
-
-
-def _gated_mlp(inner: Forward, down: Forward, plain: Forward) -> Forward:
-    def forward(x: Tensor) -> Tensor:
-        return down(inner(x)) if x.dtype is torch.float32 else plain(x)
-
-    return forward
+            inner = self._activation(self._multiply[0](x)) * self._multiply[1](x)
+        out: Tensor = self._down(inner)
+        return out

@@ -18,6 +18,7 @@ from core_hf_fallback.patches.calls import LinearCalls
 from core_hf_fallback.patches.child_lookup import enter_children
 from core_hf_fallback.patches.decoder_layer import fuse_layers
 from core_hf_fallback.patches.gated_mlp import fuse_gates
+from core_hf_fallback.patches.layer_stack import stack_layers
 from core_hf_fallback.patches.merged_linears import Merged, merge_linears
 from core_hf_fallback.patches.rms_norm import fuse_norms
 
@@ -39,6 +40,7 @@ RULES = (
     Rule("gated-mlp", fuse_gates),
     Rule("attention-block", fuse_attention),
     Rule("decoder-layer", fuse_layers),
+    Rule("layer-stack", stack_layers),
     Rule("child-lookup", enter_children),
 )
 
@@ -96,9 +98,10 @@ class Patcher:
         self._add(rules)
 
     def carry_over(self, alike: Alike) -> None:
-        """Do to the layers that were let through what was done to those that they are like."""
+        """Patch all layers as those were that they are like; what joins layers has to see all of them at once."""
+        rules = [rule for rule in self.rules if rule.name in self.counts]
         self.calls.carry_over(alike)
-        self._add([rule for rule in self.rules if rule.name in self.counts])
+        self.apply(rules)
 
     def _add(self, rules: Sequence[Rule]) -> None:
         with self.stopwatch.on("patching"):
