@@ -68,7 +68,7 @@ extern "C" {
 EXPORT const void* core_kernels_attention_set(const void* set) {
     const char* name = static_cast<const InstructionSet*>(set)->name;
 #ifdef CORE_KERNELS_X86
-    if (!std::strcmp(name, "avx512")) return &avx512_attention;
+    if (!std::strncmp(name, "avx512", 6) || !std::strcmp(name, "amx")) return &avx512_attention;
     if (!std::strcmp(name, "avx2")) return &avx2_attention;
 #endif
     return &plain_attention;

@@ -3,7 +3,6 @@
 // There is no pool of threads here: work is handed to the OpenMP runtime that torch runs on, found by the caller and
 // passed in as two functions, so that both share one set of threads.
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -11,13 +10,17 @@
 #include "instruction_set.h"
 #include "ready.h"
 #include "scratch.h"
-#include "threads.h"
+#include "shares.h"
+#include "tiled.h"
 
 namespace core_kernels {
 
 extern const InstructionSet plain_set;
 #ifdef CORE_KERNELS_X86
-extern const InstructionSet avx2_set, avx512_set;
+extern const InstructionSet avx2_set, avx512_set, avx512vnni_set;
+#endif
+#ifdef CORE_KERNELS_AMX
+extern const InstructionSet amx_set;
 #endif
 
 namespace {
@@ -29,8 +32,12 @@ Parallel run_parallel = nullptr;
 MaxThreads max_threads = nullptr;
 
 bool machine_has(const InstructionSet& set) {
+#ifdef CORE_KERNELS_AMX
+    if (&set == &amx_set) return machine_has(avx512vnni_set) && machine_has_tiles();
+#endif
 #ifdef CORE_KERNELS_X86
     __builtin_cpu_init();
+    if (&set == &avx512vnni_set) return __builtin_cpu_supports("avx512vnni") && machine_has(avx512_set);
     if (&set == &avx512_set)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512vl") && machine_has(avx2_set);
@@ -40,32 +47,16 @@ bool machine_has(const InstructionSet& set) {
 }
 
 const InstructionSet* const all_sets[] = {
+#ifdef CORE_KERNELS_AMX
+    &amx_set,
+#endif
 #ifdef CORE_KERNELS_X86
-    &avx512_set, &avx2_set,
+    &avx512vnni_set, &avx512_set, &avx2_set,
 #endif
     &plain_set,
 };
 
 thread_local Scratch scratch;
-
-// Hands ranges of [0, total) to the threads of torch until none is left; `run(shared, first, last)` does one.
-struct Shares {
-    void (*run)(const void* shared, int64_t first, int64_t last);
-    const void* shared;
-    int64_t total, chunk;
-    std::atomic<int64_t> next;
-};
-
-void work(void* given) {
-    Shares& shares = *static_cast<Shares*>(given);
-    for (int64_t first = shares.next.fetch_add(shares.chunk); first < shares.total; first = shares.next.fetch_add(shares.chunk))
-        shares.run(shares.shared, first, std::min(first + shares.chunk, shares.total));
-}
-
-void share_out(Shares& shares, int threads) {
-    if (threads == 1 || shares.chunk >= shares.total) return shares.run(shares.shared, 0, shares.total);
-    on_threads(threads, work, &shares);
-}
 
 struct Job {
     const Ready* ready;
@@ -86,6 +77,15 @@ void multiply_all(const Job& job) {
     const int64_t chunk = threads == 1 ? weight.out : std::min<int64_t>(std::max<int64_t>(even / 32 * 32, 32), 1024);
     Shares shares{multiply, &job, weight.out, chunk, {0}};
     share_out(shares, threads);
+}
+
+std::unique_ptr<Ready> make_ready(const Packing* packing, const Weight& weight) {  // null: not by this packing
+    std::unique_ptr<Ready> ready(packing ? new (std::nothrow) Ready() : nullptr);
+    if (!ready) return nullptr;
+    ready->plan.weight = weight;
+    ready->packing = packing;
+    if (!packing->setup(ready->plan)) ready.reset();
+    return ready;
 }
 
 constexpr int64_t SERIAL_NUMBERS = 1 << 15;  // numbers that one thread goes through before a second is called
@@ -139,24 +139,22 @@ EXPORT const void* core_kernels_instruction_set(const char* name) {
 EXPORT const char* core_kernels_name(const void* set) { return static_cast<const InstructionSet*>(set)->name; }
 
 // Null: no kernel for this weight. Keeps the pointers in it, and copies nothing that they point at but `order`.
-EXPORT void* core_kernels_make(const void* set, const Weight* weight) {
-    const Packing* packing = static_cast<const InstructionSet*>(set)->find(weight->packing);
-    Ready* ready = packing ? new (std::nothrow) Ready() : nullptr;
-    if (!ready) return nullptr;
-    ready->plan.weight = *weight;
-    ready->packing = packing;
-    if (!packing->setup(ready->plan)) {
-        delete ready;
-        ready = nullptr;
-    }
-    return ready;
+EXPORT void* core_kernels_make(const void* given, const Weight* weight) {
+    const InstructionSet& set = *static_cast<const InstructionSet*>(given);
+    std::unique_ptr<Ready> ready = make_ready(set.find(weight->packing), *weight);
+    if (!ready || !set.find_few) return ready.release();
+    ready->few = make_ready(set.find_few(*weight), *weight);
+    ready->few_rows = ready->few ? ready->few->packing->most_rows : 0;
+    return ready.release();
 }
 
 EXPORT void core_kernels_free(void* ready) { delete static_cast<Ready*>(ready); }
 
 // out[rows, out] = x[rows, in] @ weight.T + bias. Nonzero: out of memory.
 EXPORT int32_t core_kernels_linear(const void* given, const float* x, float* out, int64_t rows) {
-    const Ready& ready = *static_cast<const Ready*>(given);
+    const Ready& ready = static_cast<const Ready*>(given)->of(rows);
+    const Tiled* tiled = ready.packing->tiled;
+    if (tiled && rows >= tiled->from_rows) return !multiply_tiled(*tiled, ready.plan, x, out, rows);
     const int64_t floats = rows * ready.plan.x_stride, sum_floats = rows == 1 ? ready.packing->sum_floats(ready.plan) : 0;
     float* memory = scratch.get(floats + sum_floats);
     if (!memory) return 1;

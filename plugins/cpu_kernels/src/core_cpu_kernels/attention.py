@@ -22,7 +22,7 @@ class CpuKernelAttention:
     honours = HONOURS
 
     def __init__(self, instruction_set: str | None = None) -> None:
-        """`instruction_set`: avx512, avx2 or plain; None: what the environment says, else the best there is."""
+        """`instruction_set`: one of INSTRUCTION_SETS; None: what the environment says, else the best there is."""
         self.library = Library(wanted_instruction_set() if instruction_set is None else instruction_set)
         self._attend, self.set = self.library.attend, self.library.attention_set
 

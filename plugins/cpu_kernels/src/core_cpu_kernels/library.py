@@ -17,7 +17,8 @@ import torch
 from core.errors import PluginError
 
 ABI = 3
-ISA_VARIABLE = "CORE_CPU_KERNELS_ISA"  # avx512, avx2 or plain: instead of the best that the machine has
+ISA_VARIABLE = "CORE_CPU_KERNELS_ISA"  # one of these instead of the best that the machine has
+INSTRUCTION_SETS = ("amx", "avx512vnni", "avx512", "avx2", "plain")  # the best first
 
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
@@ -67,7 +68,7 @@ class Library:
         if not self._set:
             raise PluginError(
                 f"{ISA_VARIABLE}={instruction_set}: this machine, or this build, has no such instruction set. "
-                f"Known: avx512, avx2, plain."
+                f"Known: {', '.join(INSTRUCTION_SETS)}."
             )
         self.instruction_set: str = self._functions.core_kernels_name(self._set).decode()
         self.linear = self._functions.core_kernels_linear  # (made, x, out, rows) -> 0
@@ -88,7 +89,7 @@ class Library:
 def instruction_sets() -> list[str]:
     """Return the names of those that this machine and this build have, the best first."""
     find = _load().core_kernels_instruction_set
-    return [name for name in ("avx512", "avx2", "plain") if find(name.encode())]
+    return [name for name in INSTRUCTION_SETS if find(name.encode())]
 
 
 def wanted_instruction_set() -> str:

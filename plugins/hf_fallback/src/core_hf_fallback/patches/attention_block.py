@@ -64,14 +64,17 @@ def recognise(block: nn.Module, call: BlockCall, kernels: Kernels | None) -> Cal
     parts = _parts(block, recorded, kernels)
     if parts is None or any(angle.numel() != x.shape[1] * parts.dim for angle in angles):
         return None
-    found = parts.heads(x, angles)
-    if not all(same(one, wanted) for one, wanted in zip(found, (recorded.q, recorded.k, recorded.v), strict=True)):
-        return None
     if not isinstance(call.output, tuple) or len(call.output) != 2 or call.output[1] is not None:
         return None
-    if not same(parts.output(recorded.out.reshape(1, len(recorded.out), -1)), call.output[0]):
+    if not call.of_another and not _did_so(parts, recorded, call):
         return None
     return FusedAttention(block, parts, recorded, call)
+
+
+def _did_so(parts: Parts, recorded: Call, call: BlockCall) -> bool:
+    found = parts.heads(call.kwargs["hidden_states"], call.kwargs["position_embeddings"])
+    wanted = (recorded.q, recorded.k, recorded.v)
+    return all(map(same, found, wanted)) and same(parts.output(recorded.out.flatten(1)[None]), call.output[0])
 
 
 class FusedAttention:

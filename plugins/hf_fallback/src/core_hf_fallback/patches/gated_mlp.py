@@ -21,12 +21,19 @@ Forward = Callable[[Tensor], Tensor]
 
 def fuse_gates(module: nn.Module, calls: LinearCalls, kernels: Kernels | None) -> list[Callable[[], None]]:
     """Replace the forward of every such block; return how to undo each."""
-    return replace_forwards(module, calls, lambda block, _, call: recognise(block, call, kernels))
+    return replace_forwards(
+        module, calls, lambda block, path, call: recognise(block, path, call, calls.choices, kernels)
+    )
 
 
 @torch.inference_mode()
-def recognise(block: nn.Module, call: BlockCall, kernels: Kernels | None) -> Forward | None:
-    """Return the quicker form of a block that made of its input what the formula makes of it; else None."""
+def recognise(
+    block: nn.Module, path: str, call: BlockCall, choices: dict[str, str], kernels: Kernels | None
+) -> Forward | None:
+    """Return the quicker form of a block that made of its input what the formula makes of it; else None.
+
+    `choices` gets the activation by the block's path; in a block that is like another it says which one.
+    """
     if len(call.args) != 1 or call.kwargs or is_hooked(block):
         return None
     x = call.args[0]
@@ -34,13 +41,14 @@ def recognise(block: nn.Module, call: BlockCall, kernels: Kernels | None) -> For
         return None
     if len(others_of(block)) > 1 or any(len(list(other.parameters())) for other in others_of(block)):
         return None
-    for made in _candidates(block, kernels):
-        if same(made(x), call.output):
+    for activation, made in _candidates(block, kernels):
+        if choices.get(path) == activation if call.of_another else same(made(x), call.output):
+            choices[path] = activation
             return made
     return None
 
 
-def _candidates(block: nn.Module, kernels: Kernels | None) -> Iterator[Forward]:
+def _candidates(block: nn.Module, kernels: Kernels | None) -> Iterator[tuple[str, Forward]]:
     parts = [part for _, part in linears_of(block)]
     if len(parts) not in (2, 3):
         return
@@ -50,7 +58,10 @@ def _candidates(block: nn.Module, kernels: Kernels | None) -> Iterator[Forward]:
         return
     product = first[0] if len(first) == 1 else together(first)
     for activation in ACTIVATIONS:
-        yield FusedMLP([product] if product is not None else first, down, activation, kernels, block.forward)
+        yield (
+            activation,
+            FusedMLP([product] if product is not None else first, down, activation, kernels, block.forward),
+        )
 
 
 class FusedMLP:
