@@ -17,7 +17,6 @@ from core.kernels.chip import Launch, RecordingChip, Target
 from core.kernels.dequant_matmul import Codes, dequant_matmul
 from core.kernels.gated_activation import gated_activation
 from core.kernels.gated_linear_attention import gated_linear_attention
-from core.kernels.gather_rows import gather_rows
 from core.kernels.grouped_matmul import grouped_matmul
 from core.kernels.mamba2_step import mamba2_step
 from core.kernels.paged_decode import paged_decode
@@ -118,14 +117,13 @@ class Step:
     def rows(self) -> None:
         model, rows = self.model, REQUESTS
         x, out = self.made(rows, model.hidden), self.made(rows, model.hidden)
-        for residual in (None, out):
-            dtype = torch.float32 if model.plus_one else self.dtype
-            rms_norm(x, self.made(model.hidden, dtype=dtype), 1e-6, out, residual, self.chip)
+        weight = self.made(model.hidden, dtype=torch.float32 if model.plus_one else self.dtype)
+        for residual, picked in ((None, None), (out, None), (None, self.longs(rows))):
+            rms_norm(x, weight, 1e-6, out, residual, picked, self.chip)
         if model.heads:
             q, angles = self.made(rows, model.heads, model.k_dim), self.made(rows, model.rotated // 2)
             rotary(q, angles, angles, q, model.interleaved, self.chip)
         gated_activation(self.made(rows, 2 * model.inner), self.made(rows, model.inner), model.activation, self.chip)
-        gather_rows(x, self.longs(rows), out, self.chip)
         doubles, longs = self.made(rows, dtype=torch.float64), self.longs(rows)
         logits = self.made(rows, model.vocab)
         sample(logits, doubles, self.ints(rows), doubles, doubles, longs, longs, longs, self.chip)
@@ -150,6 +148,12 @@ class Step:
             Codes(bytes_, row, 8, size, size, table=self.made(256, dtype=torch.float32)),
         )
 
+    def experts(self) -> tuple[Tensor, Tensor | None]:
+        count, out, size = self.model.experts, self.model.inner, self.model.hidden
+        if self.model.has_sinks:  # gpt-oss keeps its experts input first, and gives them a bias
+            return self.made(count, size, out).transpose(1, 2), self.made(count, out)
+        return self.made(count, out, size), None
+
     def matrices(self) -> None:
         model, size = self.model, self.model.hidden
         weights = self.quantized()
@@ -158,11 +162,11 @@ class Step:
             for weight in weights:
                 dequant_matmul(x, weight, y, chip=self.chip)
             if model.experts:
-                experts = self.made(model.experts, model.inner, size)
+                experts, bias = self.experts()
                 routed = rows * 8
                 grouped_matmul(
                     x, experts, self.ints(model.experts + 1), self.made(routed, model.inner), self.ints(routed),
-                    chip=self.chip,
+                    bias, self.chip,
                 )  # fmt: skip
 
     def states(self) -> None:

@@ -96,7 +96,7 @@ class LlamaModel(nn.Module):
         rotation = self.rotary(batch, self.dtype)
         for layer in self.layers:
             x = layer(x, rotation, batch)
-        logits: Tensor = self.head(self.norm(x[batch.logit_rows]))
+        logits: Tensor = self.head(self.norm.of_rows(x, batch.logit_rows))
         return logits
 
     def release(self, request_id: str) -> None:

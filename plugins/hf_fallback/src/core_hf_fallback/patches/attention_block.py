@@ -8,7 +8,7 @@ answered in the recording forward. A call that is not like the recorded one goes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from core.contracts import Kernels
 from core_hf_fallback.interface import ATTRIBUTE, BOOKKEEPING, Binding, Call
 from core_hf_fallback.patches.calls import BlockCall, LinearCalls
-from core_hf_fallback.patches.operations import Norm, rotation
+from core_hf_fallback.patches.operations import Norm, Rotation, rotations
 from core_hf_fallback.patches.shapes import is_hooked, linears_of, others_of, replace_forwards, same, together
 
 GIVEN = frozenset({"hidden_states", "position_embeddings", "attention_mask", "past_key_values"})
@@ -31,7 +31,7 @@ class Parts:
 
     project: Projections
     norms: tuple[Norm, Norm] | None  # of Q and of K, by head
-    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    rotate: Rotation
     output: Callable[[Tensor], Tensor]
     dim: int
 
@@ -41,7 +41,7 @@ class Parts:
         q, k, v = (part.view(tokens, -1, dim) for part in self.project(x))
         if self.norms is not None:
             q, k = self.norms[0](q), self.norms[1](k)
-        cos, sin = (angle.view(tokens, 1, dim) for angle in angles)
+        cos, sin = (self.rotate.angles(angle.view(tokens, 1, -1)) for angle in angles)
         return self.rotate(q, cos, sin), self.rotate(k, cos, sin), v
 
 
@@ -57,15 +57,13 @@ def recognise(block: nn.Module, call: BlockCall, kernels: Kernels | None) -> Cal
     if recorded is None or is_hooked(block) or call.args or block._parameters:
         return None
     x, angles = call.kwargs.get("hidden_states"), call.kwargs.get("position_embeddings")
-    if not _plain_call(call) or not isinstance(x, Tensor) or x.dtype != torch.float32 or not _are_angles(angles, x):
+    if not _plain_call(call) or not isinstance(x, Tensor) or not _are_angles(angles, x):
         return None
-    parts = _parts(block, recorded, kernels)
-    if parts is None or any(angle.numel() != x.shape[1] * parts.dim for angle in angles):
+    width = recorded.q.shape[-1]
+    if any(angle.numel() != x.shape[1] * angle.shape[-1] or angle.shape[-1] > width for angle in angles):
         return None
-    found = parts.heads(x, angles)
-    if not all(same(one, wanted) for one, wanted in zip(found, (recorded.q, recorded.k, recorded.v), strict=True)):
-        return None
-    if not isinstance(call.output, tuple) or len(call.output) != 2 or call.output[1] is not None:
+    parts = next((one for one in _parts(block, recorded, kernels, x.dtype) if _did_so(one, x, angles, recorded)), None)
+    if parts is None or not isinstance(call.output, tuple) or len(call.output) != 2 or call.output[1] is not None:
         return None
     if not same(parts.output(recorded.out.reshape(1, len(recorded.out), -1)), call.output[0]):
         return None
@@ -76,6 +74,7 @@ def _attention(block: nn.Module, parts: Parts, recorded: Call, call: BlockCall) 
     binding, plain = _binding(block), block.forward
     further = call.kwargs.keys() - GIVEN
     name, args, mask = binding.name_of(block), recorded.args, call.kwargs.get("attention_mask")
+    dtype = recorded.q.dtype
 
     def forward(
         hidden_states: Tensor,
@@ -85,7 +84,7 @@ def _attention(block: nn.Module, parts: Parts, recorded: Call, call: BlockCall) 
         **others: Any,
     ) -> tuple[Tensor, None]:
         usual = attention_mask is mask and past_key_values is None and others.keys() == further
-        if not usual or position_embeddings is None or hidden_states.dtype is not torch.float32 or binding.recording:
+        if not usual or position_embeddings is None or hidden_states.dtype is not dtype or binding.recording:
             answer: tuple[Tensor, None] = plain(
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
@@ -128,19 +127,29 @@ def _are_angles(angles: Any, x: Tensor) -> bool:
     return pair and all(angle.dtype == x.dtype and angle.is_contiguous() for angle in angles)
 
 
-def _parts(block: nn.Module, recorded: Call, kernels: Kernels | None) -> Parts | None:
+def _did_so(parts: Parts, x: Tensor, angles: tuple[Tensor, Tensor], recorded: Call) -> bool:
+    """True if these parts make of x what attention was given in the recording forward."""
+    wanted = (recorded.q, recorded.k, recorded.v)
+    return all(same(one, other) for one, other in zip(parts.heads(x, angles), wanted, strict=True))
+
+
+def _parts(block: nn.Module, recorded: Call, kernels: Kernels | None, dtype: torch.dtype) -> Iterator[Parts]:
+    """Yield what the block may be made of: each way to rotate."""
     linears = [part for _, part in linears_of(block)]
     norms = [vars(other).get("forward") for other in others_of(block) if list(other.parameters())]
     dim = recorded.q.shape[-1]
     by_head = [norm for norm in norms if isinstance(norm, Norm) and norm.size == dim]
     if len(linears) != 4 or len(norms) not in (0, 2) or len(by_head) != len(norms) or recorded.v.shape[-1] != dim:
-        return None
+        return
+    if any(norm.dtype != dtype for norm in by_head):
+        return
     sizes = [part.shape[1] * dim for part in (recorded.q, recorded.k, recorded.v)]
     project = _projections(linears[:3], sizes)
     if project is None:
-        return None
+        return
     pair = (by_head[0], by_head[1]) if by_head else None
-    return Parts(project, pair, rotation(kernels), linears[3].forward, dim)
+    for rotate in rotations(kernels, dtype):
+        yield Parts(project, pair, rotate, linears[3].forward, dim)
 
 
 def _projections(parts: list[nn.Module], sizes: list[int]) -> Projections | None:

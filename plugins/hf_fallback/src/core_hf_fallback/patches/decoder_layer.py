@@ -34,7 +34,7 @@ def recognise(layer: nn.Module, path: str, calls: LinearCalls) -> Callable[..., 
         return None
     (call,) = calls.blocks[path]
     x = call.args[0] if call.args else None
-    if not isinstance(x, Tensor) or x.dtype != torch.float32 or len(call.args) != 1:
+    if not isinstance(x, Tensor) or any(norm.dtype != x.dtype for norm in norms) or len(call.args) != 1:
         return None
     (attention,), (mlp,) = (calls.blocks[f"{path}.{name}"] for name in blocks)
     if not _did_so(x, call.output, norms, attention, mlp):
@@ -77,7 +77,7 @@ def _layer(
     attend, feed = attention.forward, mlp.forward
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs.keys() != usual or hidden_states.dtype is not torch.float32:
+        if args or kwargs.keys() != usual or hidden_states.dtype is not before.dtype:
             answer: Tensor = plain(hidden_states, *args, **kwargs)
             return answer
         attended = attend(hidden_states=before(hidden_states), **kwargs, **added)[0]

@@ -30,17 +30,17 @@ def recognise(block: nn.Module, call: BlockCall, kernels: Kernels | None) -> For
     if len(call.args) != 1 or call.kwargs or is_hooked(block):
         return None
     x = call.args[0]
-    if not isinstance(x, Tensor) or x.dtype != torch.float32 or block._parameters:
+    if not isinstance(x, Tensor) or block._parameters:
         return None
     if len(others_of(block)) > 1 or any(len(list(other.parameters())) for other in others_of(block)):
         return None
-    for made in _candidates(block, kernels):
-        if same(made(x), call.output):
-            return made
-    return None
+    found = [(made, made(x)) for made in _candidates(block, kernels, x.dtype)]
+    fitting = [(made, out) for made, out in found if same(out, call.output)]
+    # In half types more than one kind of GELU may fit.
+    return min(fitting, key=lambda pair: float((pair[1] - call.output).abs().sum()), default=(None, None))[0]
 
 
-def _candidates(block: nn.Module, kernels: Kernels | None) -> Iterator[Forward]:
+def _candidates(block: nn.Module, kernels: Kernels | None, dtype: torch.dtype) -> Iterator[Forward]:
     parts = [part for _, part in linears_of(block)]
     if len(parts) not in (2, 3):
         return
@@ -50,11 +50,14 @@ def _candidates(block: nn.Module, kernels: Kernels | None) -> Iterator[Forward]:
         return
     product = first[0].forward if len(first) == 1 else together(first)
     for activation, function in ACTIVATIONS.items():
+        gate = gated(activation, kernels, dtype)
+        if gate is None:
+            continue
         if product is None:
             inner = _two_products(first[0].forward, first[1].forward, function)
         else:
-            inner = _one_product(product, gated(activation, kernels))
-        yield _gated_mlp(inner, down.forward, block.forward)
+            inner = _one_product(product, gate)
+        yield _gated_mlp(inner, down.forward, block.forward, dtype)
 
 
 def _one_product(product: Forward, gate: Forward) -> Forward:
@@ -65,8 +68,8 @@ def _two_products(gate: Forward, up: Forward, activation: Forward) -> Forward:
     return lambda x: activation(gate(x)) * up(x)
 
 
-def _gated_mlp(inner: Forward, down: Forward, plain: Forward) -> Forward:
+def _gated_mlp(inner: Forward, down: Forward, plain: Forward, dtype: torch.dtype) -> Forward:
     def forward(x: Tensor) -> Tensor:
-        return down(inner(x)) if x.dtype is torch.float32 else plain(x)
+        return down(inner(x)) if x.dtype is dtype else plain(x)
 
     return forward
