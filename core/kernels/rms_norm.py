@@ -4,8 +4,8 @@
     y = h / sqrt(mean(h^2) + eps) * weight
 
 x, residual, out [rows, size]; or x and out [tokens, heads, size]; or x [tokens, size] of which out [n, size] takes the
-rows [n], the tokens whose logits are wanted, say; weight [size]. Computed in float32. The quotient is
-rounded to the weight's dtype: x's, as in Llama; or float32, as in Gemma, whose weight is 1 + the stored one.
+rows [n], the tokens whose logits are wanted, say; weight [size]. Computed in float32. The quotient is rounded to the
+weight's dtype: x's, as in Llama; or float32, as in Gemma, whose weight is 1 + the stored one.
 One program a row. Registers: size / threads floats. Shared memory: a few floats, for the sum.
 """
 
@@ -31,7 +31,7 @@ def rms_norm_kernel(
     residual: tl.tensor,
     weight: tl.tensor,
     out: tl.tensor,
-    rows: tl.tensor,
+    picked: tl.tensor,
     x_row: tl.tensor,
     x_head: tl.tensor,
     heads: tl.tensor,
@@ -46,8 +46,8 @@ def rms_norm_kernel(
     place = tl.arange(0, PADDED)
     there = place < size
     token = row // heads
-    if rows is not None:
-        token = tl.load(rows + row).to(tl.int64)
+    if picked is not None:
+        token = tl.load(picked + row).to(tl.int64)
     source = x + token * x_row + row % heads * x_head
     h = tl.load(source + place, mask=there, other=0.0).to(tl.float32)
     if residual is not None:
@@ -90,7 +90,7 @@ def rms_norm(
         "residual": residual,
         "weight": weight,
         "out": out,
-        "rows": rows,
+        "picked": rows,
         "x_row": x.stride(0),
         "x_head": x.stride(-2),
         "heads": heads,
@@ -101,7 +101,9 @@ def rms_norm(
         "PADDED": pow2(size),
         "WIDEN": chip.interpreted,
     }
-    chip.run(Launch(rms_norm_kernel, (count,), args, num_warps=warps_for(pow2(size), chip.target.warp_size)))
+    warp = chip.target.warp_size
+    wide = size >= 8 * warp  # a shorter row leaves a lane less than 16 bytes of a half type
+    chip.run(Launch(rms_norm_kernel, (count,), args, warps_for(pow2(size), warp), loads_wide=wide))
 
 
 def warps_for(elements: int, warp_size: int) -> int:
