@@ -310,6 +310,57 @@ class RotaryKernel(Protocol):
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> None: ...
 
 
+LinearKernel = Callable[["Tensor"], "Tensor"]  # x [..., in] -> [..., out]
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """One decoder layer, told by the kernels that it would call; all of them are from the same `Kernels`.
+
+    x += output(attention(rotary(q), rotary(k), v)), with q, k, v of attention_norm(x), heads of `head_dim` for all
+    x += down(gate(gate_up)), with gate_up of mlp_norm(x)
+    """
+
+    attention_norm: NormKernel
+    qkv: Sequence[LinearKernel]  # one that gives Q, K and V side by side, or three
+    heads: int
+    kv_heads: int
+    head_dim: int
+    q_norm: NormKernel | None  # by head, before the rotation
+    k_norm: NormKernel | None
+    layer: int  # of the attention backend
+    args: AttentionArgs
+    output: LinearKernel
+    mlp_norm: NormKernel
+    gate_up: Sequence[LinearKernel]  # one that gives both side by side, or two
+    gate: GateKernel
+    down: LinearKernel
+
+
+class DecoderKernel(Protocol):
+    """Decoder layers in one call. Gives the numbers that its layers' kernels give when they are called one by one."""
+
+    def takes(self, attention: AttentionBackend, tokens: int) -> bool:
+        """Return whether this kernel can attend in a backend's cache, and is the faster way for so many tokens."""
+        ...
+
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBackend, first: int, last: int) -> None:
+        """Add to x [tokens, hidden], in place, what layers [first, last) make of it, in `attention`'s planned step.
+
+        cos and sin [tokens, ..., head_dim] turn Q and K in halves; all float32.
+        Raises UnsupportedAttention, as `attention.attend` does.
+        """
+        ...
+
+    def time(self, on: bool) -> None:
+        """Measure what follows, or stop it; by default nothing is measured."""
+        ...
+
+    def take_times(self) -> Mapping[str, float]:
+        """Return the seconds of "linears", "attention" and "small" (all else) since the last call of this."""
+        ...
+
+
 class Kernels(Protocol):
     """Fast code for one device. Whoever finds no kernel for a case computes it with torch.
 
@@ -318,7 +369,7 @@ class Kernels(Protocol):
 
     name: str  # shown at start, e.g. "cpu_kernels (avx512)"
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+    def linear(self, weight: Tensor, bias: Tensor | None) -> LinearKernel | None:
         """Return the function x [..., in] -> [..., out] for a weight [out, in]; None if there is none for its packing.
 
         `weight` is a plain tensor or a `core.layers.QuantizedTensor`. The function may keep the weight's parts, in the
@@ -343,6 +394,10 @@ class Kernels(Protocol):
 
     def rotary(self, dtype: torch.dtype, interleaved: bool = False) -> RotaryKernel | None:
         """Return rotary embedding, in halves or of interleaved pairs."""
+        ...
+
+    def decoder(self, layers: Sequence[LayerParts]) -> DecoderKernel | None:
+        """Return layers that follow each other as one kernel; None where a part is not as it has to be."""
         ...
 
 

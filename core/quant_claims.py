@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from core.spec import ModelSpec
 
 # Methods whose plugin is called otherwise.
-DISTRIBUTIONS = {"int8": "int", "int4": "int", "auto-round": "gptq", "bitsandbytes": "bnb"}
+DISTRIBUTIONS = {"int8": "int", "int4": "int", "auto-round": "gptq", "bitsandbytes": "bnb", "fbgemm_fp8": "fp8"}
 DISTRIBUTIONS |= {f"bitsandbytes-{kind}": "bnb" for kind in ("nf4", "fp4", "int8")}
+UNNAMED = "unnamed"
 # Formats of files, which nothing is brought into while it is loaded.
-FILE_FORMATS = frozenset({"awq", "gptq", "auto-round", "compressed-tensors", "fp8", "gguf"})
+FILE_FORMATS = frozenset({"awq", "gptq", "auto-round", "compressed-tensors", "fp8", "fbgemm_fp8", "gguf"})
 
 
 def settle_claims(
@@ -52,6 +53,13 @@ def _refuse_unclaimed(spec: ModelSpec, options: EngineConfig) -> None:
     if stated is not None and options.quantization not in (None, _method_name(stated)):
         raise _misfit(spec, str(options.quantization))
     method = options.quantization or _method_name(stated or {})
+    if method == UNNAMED:
+        raise ConfigError(f"{spec.path} has a quantization_config that names no quant_method, so nobody can read it.")
+    if method == "gguf":
+        raise ConfigError(
+            f"{spec.path} says that it is quantized with 'gguf', which is a format of single files: give the .gguf "
+            "file itself, with its plugin installed: pip install core-serve-gguf"
+        )
     if stated is None and method in FILE_FORMATS:
         raise ConfigError(
             f"--quantization {method} is for checkpoints in that format, and {spec.path} is none. Make one with "
@@ -60,15 +68,21 @@ def _refuse_unclaimed(spec: ModelSpec, options: EngineConfig) -> None:
     short = DISTRIBUTIONS.get(method, method.replace("_", "-"))
     source = "--quantization asks for" if options.quantization else f"{spec.path} is quantized with"
     raise ConfigError(
-        f"{source} {method!r}, and no installed plugin takes it. Install one: pip install core-serve-quant-{short}"
+        f"{source} {method!r}, and no installed plugin takes it. {_whose(method)}: pip install core-serve-quant-{short}"
     )
+
+
+def _whose(method: str) -> str:
+    """Only our own names are known to be ours; anybody may call a package after a method."""
+    known = method in FILE_FORMATS or method in DISTRIBUTIONS
+    return "Install one" if known else "It is none of core-serve's own; if you trust a plugin of that name"
 
 
 def _method_name(stated: Mapping[str, Any]) -> str:
     name = stated.get("quant_method")
     if isinstance(name, str):
         return name
-    return "bitsandbytes" if stated.get("load_in_4bit") or stated.get("load_in_8bit") else "unnamed"
+    return "bitsandbytes" if stated.get("load_in_4bit") or stated.get("load_in_8bit") else UNNAMED
 
 
 MAKERS = {"int4": "compressed-tensors", "int8": "compressed-tensors", "bnb-nf4": "bnb", "bnb-int8": "bnb"}

@@ -70,12 +70,34 @@ def by_module(names: Iterable[str], parts: Collection[str]) -> tuple[dict[str, s
     return modules, others
 
 
-def read_part(checkpoint: Checkpoint, name: str, shape: Sequence[int] | None = None) -> Tensor:
-    """Read a tensor of a format's own. Raises CheckpointError naming file and tensor if its shape is not `shape`."""
+def read_part(
+    checkpoint: Checkpoint, name: str, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Read a tensor of a format's own. Raises CheckpointError naming file and tensor for another shape or dtype."""
     tensor = checkpoint.tensor(name)
     if shape is not None and tuple(tensor.shape) != tuple(shape):
         raise CheckpointError(f"{located(checkpoint, name)} has shape {list(tensor.shape)}; right is {list(shape)}.")
+    if dtype is not None and tensor.dtype != dtype:
+        raise CheckpointError(f"{located(checkpoint, name)} is {tensor.dtype}; right is {dtype}.")
     return tensor
+
+
+def read_scales(checkpoint: Checkpoint, name: str, shape: Sequence[int] | None = None) -> Tensor:
+    """Read what weights are multiplied with: floats, all of them finite. Raises CheckpointError like `read_part`."""
+    tensor = read_part(checkpoint, name, shape)
+    problem = wrong_with_scales(tensor)
+    if problem is not None:
+        raise CheckpointError(f"{located(checkpoint, name)} {problem}.")
+    return tensor
+
+
+def wrong_with_scales(scales: Tensor) -> str | None:
+    """Say what is wrong with scales, None if nothing is."""
+    if not scales.is_floating_point():
+        return f"is {scales.dtype}; right is a type of floats"
+    if not bool(scales.float().isfinite().all()):
+        return "holds numbers that are not finite"
+    return None
 
 
 def as_its_module_has_it(spec: ModelSpec, weight: Tensor) -> Tensor:

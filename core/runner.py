@@ -93,17 +93,16 @@ class Runner:
             ids.extend(entry.token_ids())
             starts.append(len(ids))
         rows, ranges, last = _logit_rows(entries, starts, wants_prompt)
-        positions = self._positions(entries)
-        counts = torch.tensor([entry.count for entry in entries])
+        positions = [position for entry in entries for position in range(entry.start, entry.end)]
         windows = {
-            reach: self._places([entry.request.window_tables[index].ids for entry in entries], positions, counts)
+            reach: self._places([entry.request.window_tables[index].ids for entry in entries], entries)
             for index, reach in enumerate(self.reaches)
         }
         batch = Batch(
             scheduled=entries,
             token_ids=torch.tensor(ids, dtype=torch.int64),
-            positions=positions,
-            everything=self._places([entry.request.block_ids for entry in entries], positions, counts),
+            positions=torch.tensor(positions, dtype=torch.int64),
+            everything=self._places([entry.request.block_ids for entry in entries], entries),
             query_starts=starts,
             context_lens=[entry.end for entry in entries],
             logit_rows=torch.tensor(rows, dtype=torch.int64),
@@ -112,19 +111,26 @@ class Runner:
         )
         return batch, ranges, last
 
-    def _positions(self, entries: Sequence[ScheduledTokens]) -> Tensor:
-        if all(entry.count == 1 for entry in entries):
-            return torch.tensor([entry.start for entry in entries], dtype=torch.int64)
-        return torch.cat([torch.arange(entry.start, entry.end) for entry in entries])
-
-    def _places(self, tables: Sequence[list[int]], positions: Tensor, counts: Tensor) -> Places:
-        width = max(map(len, tables))
+    def _places(self, tables: Sequence[list[int]], entries: Sequence[ScheduledTokens]) -> Places:
+        """In plain Python: one operation on tensors takes as long as all of this does for a decode step."""
+        size, width = self.block_size, max(map(len, tables))
+        slots: list[int] = []
+        fresh: list[int] = []
+        for table, entry in zip(tables, entries, strict=True):
+            at, end = entry.start, entry.end
+            while at < end:
+                block, offset = table[at // size], at % size
+                count = min(size - offset, end - at)
+                slots.extend(range(block * size + offset, block * size + offset + count))
+                if not offset:
+                    fresh.append(block)
+                at += count
         padded = torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int64)
-        padded = padded.view(len(tables), width)
-        rows = torch.arange(len(tables)).repeat_interleave(counts)
-        slots = padded[rows, positions // self.block_size] * self.block_size + positions % self.block_size
-        begun = slots[positions % self.block_size == 0] // self.block_size
-        return Places(slots, padded, begun if len(begun) else None)
+        return Places(
+            torch.tensor(slots, dtype=torch.int64),
+            padded.view(len(tables), width),
+            torch.tensor(fresh, dtype=torch.int64) if fresh else None,
+        )
 
 
 def _logit_rows(

@@ -13,6 +13,7 @@ and the tokens are all that the host waits for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -77,10 +78,10 @@ class Sampler:
             return []
         logits = logits.to(self.device)
         scores = self._edited(logits, rows)
-        best, tokens = scores.max(dim=-1)  # the lowest id of equal ones; NaN if there is one in the row
+        best, tokens = largest(scores)
         if self.module.stages:
             return self._results(logits, rows, *self._read(scores, best, tokens, rows, ahead))
-        finite = best.isfinite().tolist()
+        finite = [math.isfinite(score) for score in best.tolist()]
         drawn = [row for row, request in enumerate(rows) if finite[row] and not request.params.greedy]
         for filtered in (False, True):
             group = [row for row in drawn if is_filtered(rows[row].params) is filtered]
@@ -128,6 +129,15 @@ class Sampler:
             SampledToken(token, logprobs.get(row)) if finite[row] else SampledToken(-1, failed=_why(logits[row]))
             for row, token in enumerate(tokens)
         ]
+
+
+def largest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's highest score and its id: the lowest of equal ones; NaN, where there is one in the row."""
+    if scores.device.type != "cpu" or scores.dtype is not torch.float32:
+        best, tokens = scores.max(dim=-1)
+        return best, tokens
+    tokens = torch.from_numpy(scores.numpy().argmax(-1))  # in vectors, where torch goes number by number
+    return scores.gather(-1, tokens[:, None]).squeeze(-1), tokens
 
 
 def check_token_ids(params: SamplingParams, vocab_size: int) -> None:

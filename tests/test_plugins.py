@@ -3,6 +3,7 @@
 import re
 import sys
 import textwrap
+from dataclasses import replace
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -302,6 +303,20 @@ def claims(name, on_the_fly=False):
 
 def test_a_plain_checkpoint_has_no_quant_method():
     assert without_installed().quant_method(SPEC, CONFIG) is None
+
+
+@pytest.mark.parametrize(
+    ("stated", "words"),
+    [
+        ({"quant_method": "zzz"}, "'zzz', and no installed plugin takes it. It is none of core-serve's own"),
+        ({"bits": 4}, "names no quant_method"),
+        ({"quant_method": "gguf"}, "give the .gguf file itself"),
+    ],
+)
+def test_what_no_plugin_of_ours_can_read_is_not_said_to_be_one_install_away(stated, words):
+    spec = replace(SPEC, config=SPEC.config | {"quantization_config": stated})
+    with pytest.raises(ConfigError, match=words):
+        without_installed().quant_method(spec, CONFIG)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A quantized weight stands wherever a float one would, and stays small while rows are picked and joined."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,3 +182,31 @@ def test_a_layer_uses_its_kernel():
     assert torch.equal(QuantizedLinear(weight, None, kernel=lambda x: x.sum())(x), x.sum())
     bias = torch.randn(48)
     torch.testing.assert_close(QuantizedLinear(weight, bias)(x), F.linear(x, weight.dequantize(), bias))
+
+
+def test_experts_of_a_stack_keep_an_order_of_their_own():
+    torch.manual_seed(0)
+    experts = [affine(seed=seed) for seed in range(3)]
+    orders = [torch.randperm(IN), None, torch.randperm(IN)]
+    experts = [expert.with_order(order) for expert, order in zip(experts, orders, strict=True)]
+    stack, floats = torch.stack(experts), torch.stack([expert.dequantize() for expert in experts])
+    assert isinstance(stack, AffineTensor)
+    assert torch.equal(stack.dequantize(), floats)
+    for index in (0, torch.tensor(2), slice(1, 3), [2, 0], (1, slice(2, 4)), (slice(0, 2), slice(1, 3))):
+        assert isinstance(stack[index], AffineTensor), index
+        assert torch.equal(stack[index].dequantize(), floats[index]), index
+    both = torch.cat([stack, stack], 1)
+    assert isinstance(both, AffineTensor)
+    assert torch.equal(both[1].dequantize(), torch.cat([floats[1], floats[1]]))
+    pairs = (torch.tensor([0, 2]), torch.tensor([1, 1]))
+    assert torch.equal(stack[pairs], floats[pairs])
+
+
+def test_experts_with_orders_of_their_own_multiply_with_kernels():
+    experts = [affine(seed=seed).with_order(torch.randperm(IN)) for seed in range(2)]
+    module, x = nn.Module(), torch.randn(3, IN)
+    module.stack = nn.Parameter(torch.stack(experts), requires_grad=False)
+    kernels = SimpleNamespace(linear=lambda weight, bias: lambda x: x @ weight.dequantize().T)
+    give_kernels(module, kernels)
+    for index, expert in enumerate(experts):
+        torch.testing.assert_close(F.linear(x, module.stack[index]), x @ expert.dequantize().T)

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from core.bench.profile_parts import PARTS, Hook, hooks_of
+from core.bench.profile_parts import KERNEL_PARTS, PARTS, Hook, hooks_of
+from core.contracts import DecoderKernel
 from core.engine import Engine
 from core.errors import ConfigError
 
@@ -43,7 +44,9 @@ class Profiler:
         for hook in self._hooks:
             own = vars(hook.owner)
             self._kept.append((hook, hook.name in own, own.get(hook.name)))
-            setattr(hook.owner, hook.name, self._timed(hook.part, getattr(hook.owner, hook.name)))
+            setattr(hook.owner, hook.name, self._timed(hook.part, getattr(hook.owner, hook.name), hook.kernel))
+            if hook.kernel is not None:
+                hook.kernel.time(True)
         return self
 
     def __exit__(
@@ -51,6 +54,8 @@ class Profiler:
     ) -> None:
         while self._kept:
             hook, was_own, before = self._kept.pop()
+            if hook.kernel is not None:
+                hook.kernel.time(False)
             if was_own:
                 setattr(hook.owner, hook.name, before)
             else:
@@ -63,7 +68,9 @@ class Profiler:
         self._calls = 0
         return taken
 
-    def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(
+        self, part: str, function: Callable[..., Any], kernel: DecoderKernel | None = None
+    ) -> Callable[..., Any]:
         clock, opened, seconds, thread, here = (
             time.perf_counter, self._open, self._seconds, threading.get_ident, self._thread,
         )  # fmt: skip
@@ -78,12 +85,20 @@ class Profiler:
                 return function(*args, **kwargs)
             finally:
                 took = clock() - start
-                seconds[part] += took - opened.pop()
+                inside = opened.pop() + (0.0 if kernel is None else self._take_parts(kernel))
+                seconds[part] += took - inside
                 if opened:
                     opened[-1] += took
                 self._calls += 1
 
         return timed
+
+    def _take_parts(self, kernel: DecoderKernel) -> float:
+        """Count what a kernel has measured by itself; return the sum."""
+        found = kernel.take_times()
+        for name, seconds in found.items():
+            self._seconds[KERNEL_PARTS[name]] += seconds
+        return sum(found.values())
 
     def _cost_of_a_call(self) -> float:
         """Return the seconds that one timer takes, by timing a function that does nothing."""

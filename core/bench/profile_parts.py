@@ -10,13 +10,15 @@ from typing import Any
 from torch import nn
 
 from core.bench.costs import all_modules
+from core.contracts import DecoderKernel
 from core.engine import Engine
-from core.layers import RMSNorm, Rotary
+from core.layers import LayerStack, RMSNorm, Rotary
 
 SCHEDULE, BATCH, LINEARS, ATTENTION = "schedule", "batch and plan", "linears", "attention"
 SMALL, SAMPLING, EMIT = "norm, rotary, activation", "sampling", "detokenize and emit"
 MODEL, REST = "rest of the model", "rest of the step"
 PARTS = (SCHEDULE, BATCH, LINEARS, ATTENTION, SMALL, MODEL, SAMPLING, EMIT, REST)
+KERNEL_PARTS = {"linears": LINEARS, "attention": ATTENTION, "small": SMALL}  # of a core.contracts.DecoderKernel
 ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 
 
@@ -27,11 +29,12 @@ class Hook:
     owner: Any
     name: str
     part: str
+    kernel: DecoderKernel | None = None  # one that the function calls, which measures its own parts
 
 
 def hooks_of(engine: Engine) -> list[Hook]:
     """Return what is timed in this engine. A part that is not recognised stays in the part around it."""
-    return [*_engine_hooks(engine), *_model_hooks(engine), *_rotary_hooks(engine)]
+    return [*_engine_hooks(engine), *_model_hooks(engine), *_stack_hooks(engine), *_rotary_hooks(engine)]
 
 
 def _engine_hooks(engine: Engine) -> Iterator[Hook]:
@@ -57,6 +60,12 @@ def _model_hooks(engine: Engine) -> Iterator[Hook]:
             yield Hook(module, "add", SMALL)
         elif isinstance(module, Rotary):
             yield Hook(module, "rotate", SMALL)
+
+
+def _stack_hooks(engine: Engine) -> Iterator[Hook]:
+    found = [value for module in all_modules(engine.model) for value in vars(module).values()]
+    for stack in {id(value): value for value in found if isinstance(value, LayerStack)}.values():
+        yield Hook(stack, "run", MODEL, stack.kernel)
 
 
 def _part_of(module: nn.Module, host_attends: bool) -> str | None:

@@ -7,13 +7,14 @@ them, so that a model gives the same numbers with kernels and without, but for t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from core.contracts import LayerParts
 from core.errors import KernelError
 from core.kernels.checks import FLOATS
 from core.kernels.chip import INTERPRETED
@@ -57,6 +58,9 @@ class TritonKernels:
 
     def rotary(self, dtype: torch.dtype, interleaved: bool = False) -> Turn | None:
         return Turn(interleaved) if dtype in FLOATS else None
+
+    def decoder(self, layers: Sequence[LayerParts]) -> None:
+        """None: steps on a GPU are captured whole instead."""
 
 
 def _is_here(tensor: Tensor) -> bool:

@@ -19,7 +19,7 @@ class AffineTensor(QuantizedTensor):
     Parts: `codes`; `scales` [..., out, groups] in any float dtype; and of these at most one: `zeros` uint8
     [..., out, groups], or `offsets` [..., out, groups] in a float dtype. With neither the zero is the middle code
     (8 or 128). Settings: `bits` (4 or 8), `group_size`, and `order` (None, or int64 [in]: code column j is the
-    weight's column order[j], for formats that group columns by importance).
+    weight's column order[j], for formats that group columns by importance; [experts, in] of a stack).
     """
 
     @property
@@ -115,9 +115,11 @@ def pack_codes(values: Tensor, bits: int) -> Tensor:
 
 
 def in_order(columns: Tensor, order: Tensor | None) -> Tensor:
-    """Put column j of `columns` [..., in] at place order[j]."""
+    """Put column j of `columns` [..., in] at place order[j]; of a stack, order may be [experts, in]."""
     if order is None:
         return columns
     found = torch.empty_like(columns)
+    if order.dim() > 1:
+        return found.scatter_(-1, order.unsqueeze(1).expand_as(columns), columns)
     found[..., order] = columns
     return found

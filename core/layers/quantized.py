@@ -28,7 +28,8 @@ class QuantizedTensor(Tensor):
     """A weight [..., out, in] kept as parts; a subclass says what its parts mean.
 
     Every part has the weight's leading dimensions [..., out], so that rows are picked and joined part by part. What all
-    rows share (bits, group size, a table) are `settings`; only tensors with equal settings are joined to one.
+    rows share (bits, group size, a table) are `settings`; only tensors with equal settings are joined to one. A setting
+    `order` of a stack may be [experts, in]: each expert has its own.
     The dtype is the one that modules see and that `dequantize` gives.
     """
 
@@ -80,6 +81,10 @@ class QuantizedTensor(Tensor):
         """Return the same kind of tensor with every part changed, its last dimension kept."""
         parts = {name: change(part) for name, part in self.parts.items()}
         return type(self)(parts, self.in_features, self.dtype, **self.settings)
+
+    def with_order(self, order: Tensor | None) -> Self:
+        """Return the same tensor with another setting `order`."""
+        return type(self)(self.parts, self.in_features, self.dtype, **{**self.settings, "order": order})
 
     def as_dtype(self, dtype: torch.dtype) -> Self:
         """Return the same weight, seen as floats of another dtype."""
@@ -199,7 +204,18 @@ def _pick(weight: Tensor, index: Any) -> Any:
         return NotImplemented
     if weight._experts is not None and is_one(index):
         return weight._experts(int(index) % weight.shape[0])
-    return weight.remake(lambda part: part[index])
+    return _picked(weight, index)
+
+
+def _picked(weight: QuantizedTensor, index: Any) -> Any:
+    picked = weight.remake(lambda part: part[index])
+    order = weight.settings.get("order")
+    if order is None or order.dim() == 1:
+        return picked
+    experts, *rows = index if isinstance(index, tuple) else (index,)
+    if rows and not is_one(experts) and not all(isinstance(one, slice) for one in rows):
+        return NotImplemented  # rows of several experts, each with an order of its own
+    return picked.with_order(order[experts])
 
 
 def is_one(index: Any) -> bool:
@@ -227,9 +243,23 @@ def _stack(tensors: Sequence[Tensor], dim: int = 0, **options: Any) -> Any:
     first = tensors[0]
     if not isinstance(first, QuantizedTensor) or dim != 0 or options:
         return NotImplemented
+    orders = [other.settings.get("order") for other in tensors if isinstance(other, QuantizedTensor)]
+    if any(order is not None and order.dim() > 1 for order in orders):
+        return NotImplemented
+    if len(orders) == len(tensors) and not all(_equal(order, orders[0]) for order in orders):
+        return _stack_of_orders(tensors, orders)
     if not all(first.joins(other) and other.shape == first.shape for other in tensors[1:]):
         return NotImplemented
     return _joined(torch.stack, first, tensors, 0)
+
+
+def _stack_of_orders(tensors: Sequence[Any], orders: Sequence[Tensor | None]) -> Any:
+    plain = [tensor.with_order(None) for tensor in tensors]
+    stack = _stack(plain)
+    if stack is NotImplemented:
+        return NotImplemented
+    in_place = torch.arange(stack.in_features, device=stack.device)
+    return stack.with_order(torch.stack([in_place if order is None else order for order in orders]))
 
 
 def _joined(join: Callable[..., Tensor], first: QuantizedTensor, tensors: Sequence[Any], dim: int) -> QuantizedTensor:
@@ -266,7 +296,7 @@ def _experts_of(stack: QuantizedTensor, kernels: Kernels) -> Callable[[int], Qua
 
     @cache
     def expert(index: int) -> QuantizedTensor:
-        one = parts.remake(lambda part: part[index])
+        one: QuantizedTensor = _picked(parts, index)
         one.kernel = kernels.linear(one, None)
         return one
 

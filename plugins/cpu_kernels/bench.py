@@ -139,7 +139,7 @@ def candidates(out: int, size: int, kernels: CpuKernels) -> dict[str, tuple[floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", action="append", help="OUTxIN")
-    parser.add_argument("--isa", default=None, help="avx512, avx2 or plain")
+    parser.add_argument("--isa", default=None, help="avx512vnni, avx512, avx2 or plain")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", action="append", help="names to measure")
     parser.add_argument("--rows", type=int, action="append")

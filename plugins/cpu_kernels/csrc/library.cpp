@@ -9,6 +9,7 @@
 #include <new>
 
 #include "instruction_set.h"
+#include "ready.h"
 #include "scratch.h"
 #include "threads.h"
 
@@ -16,7 +17,11 @@ namespace core_kernels {
 
 extern const InstructionSet plain_set;
 #ifdef CORE_KERNELS_X86
-extern const InstructionSet avx2_set, avx512_set;
+extern const InstructionSet avx2_set, avx512_set, avx512vnni_set;
+#endif
+#ifdef CORE_KERNELS_AMX
+extern const InstructionSet amx_set;
+bool machine_has_tiles();
 #endif
 
 namespace {
@@ -28,8 +33,12 @@ Parallel run_parallel = nullptr;
 MaxThreads max_threads = nullptr;
 
 bool machine_has(const InstructionSet& set) {
+#ifdef CORE_KERNELS_AMX
+    if (&set == &amx_set) return machine_has(avx512vnni_set) && machine_has_tiles();
+#endif
 #ifdef CORE_KERNELS_X86
     __builtin_cpu_init();
+    if (&set == &avx512vnni_set) return __builtin_cpu_supports("avx512vnni") && machine_has(avx512_set);
     if (&set == &avx512_set)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512vl") && machine_has(avx2_set);
@@ -39,15 +48,13 @@ bool machine_has(const InstructionSet& set) {
 }
 
 const InstructionSet* const all_sets[] = {
+#ifdef CORE_KERNELS_AMX
+    &amx_set,
+#endif
 #ifdef CORE_KERNELS_X86
-    &avx512_set, &avx2_set,
+    &avx512vnni_set, &avx512_set, &avx2_set,
 #endif
     &plain_set,
-};
-
-struct Ready {
-    Plan plan;
-    const Packing* packing = nullptr;
 };
 
 thread_local Scratch scratch;
@@ -92,6 +99,15 @@ void multiply_all(const Job& job) {
     share_out(shares, threads);
 }
 
+std::unique_ptr<Ready> make_ready(const Packing* packing, const Weight& weight) {  // null: not by this packing
+    std::unique_ptr<Ready> ready(packing ? new (std::nothrow) Ready() : nullptr);
+    if (!ready) return nullptr;
+    ready->plan.weight = weight;
+    ready->packing = packing;
+    if (!packing->setup(ready->plan)) ready.reset();
+    return ready;
+}
+
 constexpr int64_t SERIAL_NUMBERS = 1 << 15;  // numbers that one thread goes through before a second is called
 
 // Rows of `width` numbers each, some at a time.
@@ -124,7 +140,7 @@ extern "C" {
 
 #define EXPORT __attribute__((visibility("default")))
 
-EXPORT int32_t core_kernels_abi() { return 2; }
+EXPORT int32_t core_kernels_abi() { return 3; }
 
 // The functions of the OpenMP runtime that torch has loaded; null: one thread.
 EXPORT void core_kernels_threads(void* gomp_parallel, void* omp_get_max_threads) {
@@ -143,24 +159,20 @@ EXPORT const void* core_kernels_instruction_set(const char* name) {
 EXPORT const char* core_kernels_name(const void* set) { return static_cast<const InstructionSet*>(set)->name; }
 
 // Null: no kernel for this weight. Keeps the pointers in it, and copies nothing that they point at but `order`.
-EXPORT void* core_kernels_make(const void* set, const Weight* weight) {
-    const Packing* packing = static_cast<const InstructionSet*>(set)->find(weight->packing);
-    Ready* ready = packing ? new (std::nothrow) Ready() : nullptr;
-    if (!ready) return nullptr;
-    ready->plan.weight = *weight;
-    ready->packing = packing;
-    if (!packing->setup(ready->plan)) {
-        delete ready;
-        ready = nullptr;
-    }
-    return ready;
+EXPORT void* core_kernels_make(const void* given, const Weight* weight) {
+    const InstructionSet& set = *static_cast<const InstructionSet*>(given);
+    std::unique_ptr<Ready> ready = make_ready(set.find(weight->packing), *weight);
+    if (!ready || !set.find_few) return ready.release();
+    ready->few = make_ready(set.find_few(*weight), *weight);
+    ready->few_rows = ready->few ? ready->few->packing->most_rows : 0;
+    return ready.release();
 }
 
 EXPORT void core_kernels_free(void* ready) { delete static_cast<Ready*>(ready); }
 
 // out[rows, out] = x[rows, in] @ weight.T + bias. Nonzero: out of memory.
 EXPORT int32_t core_kernels_linear(const void* given, const float* x, float* out, int64_t rows) {
-    const Ready& ready = *static_cast<const Ready*>(given);
+    const Ready& ready = static_cast<const Ready*>(given)->of(rows);
     const int64_t floats = rows * ready.plan.x_stride, sum_floats = rows == 1 ? ready.packing->sum_floats(ready.plan) : 0;
     float* memory = scratch.get(floats + sum_floats);
     if (!memory) return 1;

@@ -303,7 +303,7 @@ template <int ROWS> void float_tile_of(int rows, const Plan& plan, const float* 
     }
 }
 
-void multiply_floats(const Plan& plan, const Call& call, int64_t first, int64_t last) {
+inline void multiply_floats(const Plan& plan, const Call& call, int64_t first, int64_t last) {
     const int64_t tiles = (call.rows + MAX_ROWS - 1) / MAX_ROWS, in = plan.weight.in;
     const int64_t blocks = tiles == 1 ? 1 : (in + BLOCK_FLOATS - 1) / BLOCK_FLOATS, block = (in + blocks * W - 1) / (blocks * W) * W;
     for (int64_t n = first; n < last; n += BLOCK_COLUMNS) {

@@ -18,6 +18,10 @@ struct Scratch {
         if (!at) floats = 0;
         return at;
     }
+    void give_back() {
+        std::free(at);
+        at = nullptr, floats = 0;
+    }
     ~Scratch() { std::free(at); }
 };
 

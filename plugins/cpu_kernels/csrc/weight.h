@@ -62,6 +62,7 @@ struct Packing {
     void (*prepare)(const Plan&, const float* x, int64_t rows, float* prepared, float* sums);
     void (*multiply)(const Plan&, const Call&, int64_t first, int64_t last);  // rows [first, last) of the weight
     int64_t (*sum_floats)(const Plan&);
+    int64_t most_rows = 0;  // of x, up to which it is worth it; 0: any number
 };
 
 

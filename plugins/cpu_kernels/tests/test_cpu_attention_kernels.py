@@ -21,6 +21,8 @@ import core_cpu_kernels
 from core_cpu_kernels.attention import CpuKernelAttention
 from core_cpu_kernels.library import instruction_sets
 
+SETS = [name for name in instruction_sets() if name not in ("amx", "avx512vnni")]  # those have the code of avx512
+
 BOUND = 1e-5  # relative, by norm, of float32
 HALF_BOUND = {torch.float32: BOUND, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # answers are rounded to these
 HEADS = 6
@@ -46,7 +48,7 @@ MIXES = {
 }
 
 
-@pytest.fixture(params=instruction_sets())
+@pytest.fixture(params=SETS)
 def backend(request):
     return CpuKernelAttention(request.param)
 
@@ -239,7 +241,7 @@ def test_attention_is_the_reference_s_for_random_steps(data):
     )
     bounded = Reach(args.window, args.chunk) if data.draw(st.booleans()) else EVERYTHING
     step = Step(lens, replace(spec, reach=bounded), data.draw(st.integers(1, 40)), kv_heads * group)
-    step.check(CpuKernelAttention(data.draw(st.sampled_from(instruction_sets()))), args)
+    step.check(CpuKernelAttention(data.draw(st.sampled_from(SETS))), args)
 
 
 def test_parts_of_a_merged_projection_are_read_where_they_lie(backend):

@@ -9,7 +9,15 @@ from core import LLM
 from core.config import EngineConfig
 from core.errors import CheckpointError, ConfigError
 from core.plugins import PluginHost
-from core.testing import answers_of, assert_serves, default_prompts, tight_options, tiny_checkpoint
+from core.testing import (
+    answers_of,
+    assert_matches_transformers,
+    assert_serves,
+    default_prompts,
+    packed_checkpoint,
+    tight_options,
+    tiny_checkpoint,
+)
 
 
 def marked(folder, **stated):
@@ -22,7 +30,7 @@ def test_a_missing_library_is_named(tmp_path):
     folder = marked(
         tiny_checkpoint("llama", tmp_path), quant_method="vptq", config_for_layers={}, shared_layer_config={}
     )
-    with pytest.raises(CheckpointError, match=r"pip install (accelerate|-U vptq)"):
+    with pytest.raises(CheckpointError, match=r"quantized with 'vptq', .*pip install vptq"):
         LLM(model=str(folder), **tight_options("auto"))
 
 
@@ -62,3 +70,33 @@ def test_torchaos_layers_are_served_as_transformers_runs_them(tmp_path):
     with LLM(model=str(out), **tight_options("auto")) as llm:
         assert_serves(llm, default_prompts(), wanted, 2e-3)
         assert llm.model_impl_name.startswith("transformers/")
+
+
+def mxfp8(name, weight):
+    """Groups of 32 weights in float8, and the power of two that each is multiplied with."""
+    if weight.dim() != 2 or "embed" in name or "lm_head" in name:
+        return None
+    groups = weight.unflatten(1, (-1, 32))
+    exponent = groups.abs().amax(-1).log2().floor() - 8
+    values = (groups / exponent.exp2()[..., None]).flatten(1).to(torch.float8_e4m3fn)
+    return {"weight": values, "weight_scale_inv": (exponent + 127).to(torch.uint8)}
+
+
+def bitnet(name, weight):
+    """-1, 0 and 1, four to a byte."""
+    if weight.dim() != 2 or "embed" in name or "lm_head" in name:
+        return None
+    scale = weight.abs().mean()
+    quarters = ((weight / scale).round().clamp(-1, 1) + 1).to(torch.uint8).unflatten(0, (4, -1))
+    packed = sum(quarter << 2 * place for place, quarter in enumerate(quarters))
+    return {"weight": packed, "weight_scale": scale.reshape(1)}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of what transformers uses
+@pytest.mark.parametrize(
+    ("pack", "stated"), [(mxfp8, {"weight_block_size": [1, 32]}), (bitnet, {})], ids=["mxfp8", "bitnet"]
+)
+def test_formats_that_transformers_reads_by_itself_are_served_as_it_reads_them(pack, stated, tmp_path):
+    source = tiny_checkpoint("llama", tmp_path / "source", num_hidden_layers=1, hidden_size=64, intermediate_size=64)
+    out = packed_checkpoint(source, tmp_path / "out", {"quant_method": pack.__name__, **stated}, pack)
+    assert assert_matches_transformers(out).startswith("transformers/")

@@ -33,6 +33,8 @@ KINDS = {
     "w4a16-channel-asymmetric": ("pack-quantized", int_args(4, "channel", symmetric=False)),
     "w8a16": ("pack-quantized", int_args(8)),
     "w8a16-asymmetric": ("pack-quantized", int_args(8, symmetric=False)),
+    "w4a16-tensor-asymmetric": ("pack-quantized", int_args(4, "tensor", symmetric=False)),
+    "w8a16-channel-asymmetric": ("pack-quantized", int_args(8, "channel", symmetric=False)),
     "w8a16-channel": ("pack-quantized", int_args(8, "channel")),
     "w8a8": ("int-quantized", int_args(8, "channel")),
     "w8a8-asymmetric": ("int-quantized", int_args(8, "channel", symmetric=False)),
@@ -120,6 +122,28 @@ def test_columns_of_groups_that_are_out_of_order_come_back_in_theirs(tmp_path):
     assert torch.equal(found["a.weight"].dequantize(), codes * parts["weight_scale"][:, g_idx])
 
 
+def test_zeros_of_older_versions_are_not_packed(tmp_path):
+    args = int_args(4, symmetric=False)
+    parts, floats = compressed(args, "pack-quantized", torch.float32)
+    torch.manual_seed(0)
+    zeros = qparams(torch.randn(OUT, IN), args)["weight_zero_point"]
+    tensors = under("a", parts | {"weight_zero_point": zeros})
+    found = read(written(tmp_path / "m", tensors, "pack-quantized", {"g": group(args)}))
+    assert torch.equal(found["a.weight"].dequantize(), floats)
+
+
+@pytest.mark.parametrize(("bits", "width"), [(4, 44), (8, 30)])
+def test_rows_that_end_within_a_word_are_read_to_their_end(bits, width, tmp_path):
+    args = int_args(bits, "channel", symmetric=False)
+    weight, scheme = torch.randn(37, width), QuantizationScheme(targets=["Linear"], weights=args)
+    zeros = torch.randint(-3, 4, (37, 1)).to(torch.int8)
+    library = BaseCompressor.get_value_from_registry("pack-quantized")
+    given = {"weight": weight, "weight_scale": torch.rand(37, 1) + 0.1, "weight_zero_point": zeros}
+    parts = library.compress(given, scheme)
+    found = read(written(tmp_path / "m", under("a", parts), "pack-quantized", {"g": group(args)}))
+    assert torch.equal(found["a.weight"].dequantize(), library.decompress(parts, scheme)["weight"])
+
+
 def test_each_module_has_the_group_that_names_it_and_ignored_ones_are_floats(tmp_path):
     four, _ = compressed(int_args(4), "pack-quantized", torch.float32)
     eight, _ = compressed(int_args(8, "channel"), "int-quantized", torch.float32)
@@ -151,7 +175,7 @@ def test_activations_that_were_to_be_rounded_stay_in_floats_and_the_log_says_so(
 @pytest.mark.parametrize(
     ("spoil", "error"),
     [
-        (lambda parts: parts.pop("weight_scale"), r"'a\.weight_scale' of .*is missing"),
+        (lambda parts: parts.pop("weight_scale"), r"'a\.weight_scale' is missing. .*model\.safetensors needs it"),
         (
             lambda parts: parts.update(weight_scale=torch.ones(OUT, 3)),
             r"'a\.weight_scale' of .*model\.safetensors has shape \[48, 3\]; right is \[48, 4\]",

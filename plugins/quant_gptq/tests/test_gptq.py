@@ -1,15 +1,17 @@
 """GPTQ checkpoints: the packings are gptqmodel's bit for bit, models answer as their dequantized weights do."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from core import LLM
 from core.config import EngineConfig
 from core.errors import CheckpointError, ConfigError
-from core.layers import AffineTensor
+from core.layers import AffineTensor, QuantizedTensor
 from core.plugins import PluginHost
 from core.testing import assert_matches_dequantized, packed_checkpoint, tiny_checkpoint
 from core.weights import HFCheckpoint
@@ -54,7 +56,8 @@ def gptq_checkpoint(folder, source, bits=4, group_size=32, desc_act=False, symme
         columns = weight.shape[1]
         index = torch.arange(columns) // (columns if group_size == -1 else group_size)
         if desc_act:
-            index = index[torch.randperm(columns, generator=torch.Generator().manual_seed(len(name)))]
+            seed = len(name) + sum(map(int, re.findall(r"experts\.(\d+)", name)))  # each expert has its own
+            index = index[torch.randperm(columns, generator=torch.Generator().manual_seed(seed))]
         parts = packed(weight, bits, group_size, index, symmetric, version)
         if "q_proj" in name:
             parts["bias"] = torch.zeros(len(weight))  # as old versions of AutoGPTQ store for every linear
@@ -111,6 +114,15 @@ def test_experts_and_models_with_state_answer_as_their_dequantized_weights_do(tm
     assert assert_matches_dequantized(folder) == f"transformers/{served_by}"
 
 
+def test_experts_with_an_order_of_their_own_stay_small(tmp_path):
+    source = tiny_checkpoint("mixtral", tmp_path / "floats", **SIZES)
+    folder = gptq_checkpoint(tmp_path / "gptq", source, desc_act=True)
+    with LLM(model=str(folder), model_impl="transformers", skip_tokenizer_init=True, dtype="float32") as llm:
+        experts = llm._engine.model.module.model.layers[0].mlp.experts
+        assert experts.gate_up_proj.settings["order"].dim() == 2
+        assert all(isinstance(weight, QuantizedTensor) for weight in experts.parameters())
+
+
 def test_auto_rounds_checkpoints_in_these_packings_are_taken():
     stated = {"quant_method": "auto-round", "bits": 4, "sym": True}
     assert GptqSettings.of({**stated, "packing_format": "auto_round:auto_gptq"}, "/m").zero_offset == 1
@@ -134,7 +146,7 @@ NAME = "model.layers.0.mlp.up_proj"
         ),
         (
             lambda tensors: tensors.update({f"{NAME}.qweight": torch.zeros(9, 128, dtype=torch.int32)}),
-            rf"'{NAME}.qweight' of .*model.safetensors \[9, 128\] does not hold 4 or 8 bits for 64 columns",
+            rf"'{NAME}.qweight' of .*model.safetensors \[9, 128\] does not hold 4 or 8 bits for the 64 columns",
         ),
     ],
 )

@@ -22,9 +22,9 @@ class CpuKernelAttention:
     honours = HONOURS
 
     def __init__(self, instruction_set: str | None = None) -> None:
-        """`instruction_set`: avx512, avx2 or plain; None: what the environment says, else the best there is."""
+        """`instruction_set`: one of INSTRUCTION_SETS; None: what the environment says, else the best there is."""
         self.library = Library(wanted_instruction_set() if instruction_set is None else instruction_set)
-        self._attend, self._set = self.library.attend, self.library.attention_set
+        self._attend, self.set = self.library.attend, self.library.attention_set
 
     def allocate(self, specs: Sequence[KVSpec], num_blocks: Sequence[int], block_size: int) -> None:
         for spec in specs:
@@ -36,7 +36,7 @@ class CpuKernelAttention:
         self.layers = [LayerCall(spec, count, block_size) for spec, count in zip(specs, num_blocks, strict=True)]
 
     def plan(self, batch: Batch) -> None:
-        self._batch, self._tokens = batch, batch.num_tokens
+        self._batch, self.num_tokens = batch, batch.num_tokens
         self._starts = torch.tensor(batch.query_starts, dtype=torch.int64)
         self._contexts = torch.tensor(batch.context_lens, dtype=torch.int64)
         self._steps: dict[Reach, StepCall] = {}
@@ -46,24 +46,28 @@ class CpuKernelAttention:
         facts = (q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype)
         if args is not call.args or facts != call.facts:
             q, k, v = call.prepare(self.name, q, k, v, args, facts)
-        step = self._steps.get(call.spec.reach) or self._new_step(call.spec.reach)
+        step = self.step_of(call.spec.reach)
         tokens, heads, _ = q.shape
-        if tokens != self._tokens:
-            raise CoreError(f"Layer {call.spec.name} was given {tokens} tokens of a step of {self._tokens}.")
+        if tokens != self.num_tokens:
+            raise CoreError(f"Layer {call.spec.name} was given {tokens} tokens of a step of {self.num_tokens}.")
         out = q.new_empty((tokens, heads, v.shape[2]))
         failure = self._attend(
-            self._set, call.address, step.address, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+            self.set, call.address, step.address, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
         )
         if failure:
-            raise _error(failure, call.spec)
+            raise attention_error(failure, call.spec)
         return out
 
-    def _new_step(self, reach: Reach) -> StepCall:
-        made = self._steps[reach] = make_step(self._batch.places(reach), self._starts, self._contexts)
-        return made
+    def step_of(self, reach: Reach) -> StepCall:
+        """Return the step as layers of one reach see it."""
+        found = self._steps.get(reach)
+        if found is None:
+            found = self._steps[reach] = make_step(self._batch.places(reach), self._starts, self._contexts)
+        return found
 
 
-def _error(failure: int, spec: KVSpec) -> Exception:
+def attention_error(failure: int, spec: KVSpec) -> Exception:
+    """Return what a failure of the library means for a layer."""
     if failure == 1:
         return MemoryError(f"no memory for what attention of layer {spec.name} adds up")
     return CoreError(f"The step's block tables or slots name blocks that layer {spec.name} does not have.")

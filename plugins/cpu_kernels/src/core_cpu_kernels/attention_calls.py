@@ -65,6 +65,16 @@ def make_step(places: Places, query_starts: Tensor, context_lens: Tensor) -> Ste
     return StepCall(struct, ctypes.addressof(struct), (slots, tables, query_starts, context_lens))
 
 
+@dataclass(frozen=True)
+class LayerView:
+    """One layer for a caller whose calls are all alike: checked and described once."""
+
+    spec: KVSpec
+    struct: LayerStruct
+    address: int
+    kept: tuple[Tensor | None, ...]  # what the structure points at
+
+
 class LayerCall:
     """One layer: its part of the cache, and what is known of its calls, so that a like one is checked at a glance."""
 
@@ -97,10 +107,18 @@ class LayerCall:
         check_call(backend, HONOURS, self.spec, q, k, v, args)
         self._check_tensors(q, k, v)
         dense = [_rows_dense(x) for x in (q, k, v)]
-        self._describe(dense, args)
+        self._kept = _describe(self.struct, dense, args, self.spec)
         if all(one is given for one, given in zip(dense, (q, k, v), strict=True)):
             self.facts, self.args = facts, args
         return dense[0], dense[1], dense[2]
+
+    def view(self, backend: str, q: Tensor, k: Tensor, v: Tensor, args: AttentionArgs) -> LayerView:
+        """Return this layer for calls whose tensors lie like these; raises UnsupportedAttention."""
+        check_call(backend, HONOURS, self.spec, q, k, v, args)
+        self._check_tensors(q, k, v)
+        struct = LayerStruct.from_buffer_copy(self.struct)
+        kept = _describe(struct, (q, k, v), args, self.spec)
+        return LayerView(self.spec, struct, ctypes.addressof(struct), (self.cache, *kept))
 
     def _check_tensors(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         if not len(q) == len(k) == len(v):
@@ -115,19 +133,22 @@ class LayerCall:
                     f"bfloat16 and float16 on the CPU."
                 )
 
-    def _describe(self, tensors: Sequence[Tensor], args: AttentionArgs) -> None:
-        struct = self.struct
-        for name, x in zip("qkv", tensors, strict=True):
-            setattr(struct, f"{name}_token", x.stride(0))
-            setattr(struct, f"{name}_head", x.stride(1))
-            setattr(struct, f"{name}_type", TYPES[x.dtype])
-        struct.heads = tensors[0].shape[1]
-        struct.scaling, struct.softcap = args.scaling, args.softcap or 0.0
-        struct.window, struct.chunk = args.window or 0, args.chunk or 0
-        sinks, slopes = (_flat(x, struct.heads, self.spec) for x in (args.sinks, args.bias))
-        struct.sinks = None if sinks is None else sinks.data_ptr()
-        struct.slopes = None if slopes is None else slopes.data_ptr()
-        self._kept = (sinks, slopes)
+
+def _describe(
+    struct: LayerStruct, tensors: Sequence[Tensor], args: AttentionArgs, spec: KVSpec
+) -> tuple[Tensor | None, ...]:
+    """Enter how Q, K and V lie and what is asked for; return what the structure points at from now on."""
+    for name, x in zip("qkv", tensors, strict=True):
+        setattr(struct, f"{name}_token", x.stride(0))
+        setattr(struct, f"{name}_head", x.stride(1))
+        setattr(struct, f"{name}_type", TYPES[x.dtype])
+    struct.heads = tensors[0].shape[1]
+    struct.scaling, struct.softcap = args.scaling, args.softcap or 0.0
+    struct.window, struct.chunk = args.window or 0, args.chunk or 0
+    sinks, slopes = (_flat(x, struct.heads, spec) for x in (args.sinks, args.bias))
+    struct.sinks = None if sinks is None else sinks.data_ptr()
+    struct.slopes = None if slopes is None else slopes.data_ptr()
+    return sinks, slopes
 
 
 def _aligned_zeros(count: int, dtype: torch.dtype) -> Tensor:

@@ -14,8 +14,8 @@ class NormKernel:
     """A `core.contracts.NormKernel`."""
 
     def __init__(self, library: Library, weight: Tensor, eps: float) -> None:
-        self._run, self._weight, self._eps = library.rms_norm, weight, eps
-        self._at, self._width = weight.data_ptr(), len(weight)
+        self.library, self.eps, self.at, self.width = library, eps, weight.data_ptr(), len(weight)
+        self._run, self._weight = library.rms_norm, weight
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._into(x, None, None)
@@ -27,12 +27,12 @@ class NormKernel:
         return self._into(x, residual.data_ptr(), summed.data_ptr())
 
     def _into(self, x: Tensor, residual: int | None, summed: int | None) -> Tensor:
-        width = self._width
+        width = self.width
         if not x.is_contiguous():
             x = x.contiguous()
         out = torch.empty_like(x)
         rows = x.numel() // width
-        self._run(x.data_ptr(), residual, summed, self._at, out.data_ptr(), rows, width, self._eps)
+        self._run(x.data_ptr(), residual, summed, self.at, out.data_ptr(), rows, width, self.eps)
         return out
 
 
@@ -40,7 +40,7 @@ class GateKernel:
     """A `core.contracts.GateKernel`."""
 
     def __init__(self, library: Library, kind: int) -> None:
-        self._run, self._kind = library.gate, kind
+        self._run, self.kind = library.gate, kind
 
     def __call__(self, gate_up: Tensor) -> Tensor:
         if not gate_up.is_contiguous():
@@ -49,7 +49,7 @@ class GateKernel:
         width = both // 2
         out = gate_up.new_empty((*leading, width))
         at = gate_up.data_ptr()
-        self._run(at, at + 4 * width, out.data_ptr(), out.numel() // width, width, both, both, self._kind)
+        self._run(at, at + 4 * width, out.data_ptr(), out.numel() // width, width, both, both, self.kind)
         return out
 
 

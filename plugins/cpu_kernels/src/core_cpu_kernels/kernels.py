@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from core.errors import CoreError
 from core.layers import AffineTensor, QuantizedTensor, TableTensor
 from core_cpu_kernels.elementwise import ACTIVATIONS, GateKernel, NormKernel, RotaryKernel
 from core_cpu_kernels.library import Library, Weight, wanted_instruction_set
+
+if TYPE_CHECKING:
+    from core.contracts import DecoderKernel, LayerParts
 
 PACKINGS = {"affine4": 1, "affine8": 2, "table4": 3, torch.float16: 4, torch.bfloat16: 5, torch.float32: 6}
 GGML = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
@@ -25,7 +28,7 @@ class CpuKernels:
     """A `core.contracts.Kernels` for CPUs."""
 
     def __init__(self, instruction_set: str | None = None) -> None:
-        """`instruction_set`: avx512, avx2 or plain; None: what the environment says, else the best there is."""
+        """`instruction_set`: one of INSTRUCTION_SETS; None: what the environment says, else the best there is."""
         self.library = Library(wanted_instruction_set() if instruction_set is None else instruction_set)
         self.name = f"cpu_kernels ({self.library.instruction_set})"
 
@@ -55,6 +58,11 @@ class CpuKernels:
     def rotary(self, dtype: torch.dtype = torch.float32, interleaved: bool = False) -> RotaryKernel | None:
         return None if interleaved or dtype is not torch.float32 else RotaryKernel(self.library)
 
+    def decoder(self, layers: Sequence[LayerParts]) -> DecoderKernel | None:
+        from core_cpu_kernels.stack import make_stack
+
+        return make_stack(self.library, layers)
+
 
 def _is_plain(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous()
@@ -64,7 +72,8 @@ class KernelFunction:
     """x [..., in] -> [..., out]; computes in float32 and answers in x's dtype."""
 
     def __init__(self, library: Library, made: int, spec: Weight, kept: dict[str, Tensor]) -> None:
-        self._made, self._linear, self._free = made, library.linear, library.free
+        self.library, self.made = library, made
+        self._linear, self._free = library.linear, library.free
         self.in_features, self.out_features = int(spec.in_), int(spec.out)
         self._kept = kept  # what the library points at
         self._spec = spec
@@ -82,7 +91,7 @@ class KernelFunction:
             )
         out = x.new_empty((*leading, self.out_features))
         rows = x.numel() // width
-        if rows and self._linear(self._made, x.data_ptr(), out.data_ptr(), rows):
+        if rows and self._linear(self.made, x.data_ptr(), out.data_ptr(), rows):
             raise MemoryError(f"no memory for the activations {list(x.shape)}")
         return out
 
@@ -95,7 +104,7 @@ class KernelFunction:
         return self  # the weight that it reads is never written to
 
     def __del__(self) -> None:
-        self._free(self._made)
+        self._free(self.made)
 
 
 def _describe(weight: Tensor) -> tuple[Weight, dict[str, Tensor]] | None:

@@ -16,8 +16,9 @@ import torch
 
 from core.errors import PluginError
 
-ABI = 2
-ISA_VARIABLE = "CORE_CPU_KERNELS_ISA"  # avx512, avx2 or plain: instead of the best that the machine has
+ABI = 3
+ISA_VARIABLE = "CORE_CPU_KERNELS_ISA"  # one of these instead of the best that the machine has
+INSTRUCTION_SETS = ("amx", "avx512vnni", "avx512", "avx2", "plain")  # the best first
 
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
@@ -32,6 +33,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # result, arguments
     "rotate": (None, *[_POINTER] * 4, *[_INT] * 6),
     "attention_set": (_POINTER, _POINTER),
     "attend": (ctypes.c_int32, *[_POINTER] * 7),
+    "stack": (ctypes.c_int32, *[_POINTER] * 4),
     "threads": (None, _POINTER, _POINTER),
 }
 
@@ -66,7 +68,7 @@ class Library:
         if not self._set:
             raise PluginError(
                 f"{ISA_VARIABLE}={instruction_set}: this machine, or this build, has no such instruction set. "
-                f"Known: avx512, avx2, plain."
+                f"Known: {', '.join(INSTRUCTION_SETS)}."
             )
         self.instruction_set: str = self._functions.core_kernels_name(self._set).decode()
         self.linear = self._functions.core_kernels_linear  # (made, x, out, rows) -> 0
@@ -75,6 +77,7 @@ class Library:
         self.gate = partial(self._functions.core_kernels_gate, self._set)
         self.rotate = partial(self._functions.core_kernels_rotate, self._set)
         self.attend = self._functions.core_kernels_attend  # (attention_set, layer, step, q, k, v, out) -> 0
+        self.stack = partial(self._functions.core_kernels_stack, self._set)  # (attention_set, layers, call) -> 0
         self.attention_set: int = self._functions.core_kernels_attention_set(self._set)
 
     def make(self, weight: Weight) -> int | None:
@@ -86,7 +89,7 @@ class Library:
 def instruction_sets() -> list[str]:
     """Return the names of those that this machine and this build have, the best first."""
     find = _load().core_kernels_instruction_set
-    return [name for name in ("avx512", "avx2", "plain") if find(name.encode())]
+    return [name for name in INSTRUCTION_SETS if find(name.encode())]
 
 
 def wanted_instruction_set() -> str:

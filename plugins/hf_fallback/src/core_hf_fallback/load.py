@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from core.contracts import Checkpoint
+from core.contracts import Checkpoint, QuantMethod
 from core.errors import CheckpointError
 from core.model_loader import BuildContext
 from core.quant_weights import by_transformers, says_nothing
@@ -22,8 +22,7 @@ logger = logging.getLogger("core_serve.hf_fallback")
 def load_module(checkpoint: Checkpoint, context: BuildContext) -> nn.Module:
     """Return the model in eval mode. Raises CheckpointError naming every missing, left-over or misshapen tensor."""
     if context.quant_method is not None and by_transformers(context.quant_method):
-        logger.info("%s: transformers' own quantized layers, as its library runs them", context.quant_method.name)
-        context = replace(context, quant_method=None)
+        return _load_by_transformers(checkpoint, context, context.quant_method)
     if context.quant_method is not None:
         import core_hf_fallback.quantized  # noqa: F401 - two threads that import transformers at once find half of it
     try:
@@ -36,12 +35,29 @@ def load_module(checkpoint: Checkpoint, context: BuildContext) -> nn.Module:
         raise CheckpointError(
             f"transformers cannot load {checkpoint.spec.path}: {type(error).__name__}: {error}"
         ) from error
-    _check(checkpoint.spec, info)
+    _check(checkpoint, info)
     if context.quant_method is None:
         return model.eval().to(context.device)
     from core_hf_fallback.quantized import settle
 
     return settle(model, context.device)
+
+
+def _load_by_transformers(checkpoint: Checkpoint, context: BuildContext, method: QuantMethod) -> nn.Module:
+    """Let transformers build the quantized layers. Raises CheckpointError saying what is missing, or why it cannot."""
+    logger.info("%s: transformers' own quantized layers, as its library runs them", method.name)
+    quantized = f"{checkpoint.spec.path} is quantized with {method.name!r}, which only transformers reads"
+    try:
+        return load_module(checkpoint, replace(context, quant_method=None))
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, ImportError):
+            raise CheckpointError(f"{quantized}. {error}") from error
+        library = getattr(method, "library", method.name)
+        raise CheckpointError(
+            f"{quantized}, and it needs a library that is not here: pip install {library} ({error.__cause__})"
+        ) from error
+    except (TypeError, AssertionError, IndexError) as error:  # the library's
+        raise CheckpointError(f"{quantized}, and its library fails: {type(error).__name__}: {error}") from error
 
 
 def _read(checkpoint: Checkpoint, context: BuildContext) -> dict[str, Any]:
@@ -126,12 +142,25 @@ def _model_class(spec: ModelSpec, config: Any, context: BuildContext) -> Any:
     )
 
 
-def _check(spec: ModelSpec, info: dict[str, Any]) -> None:
+def _check(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
     problems = []
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        names = sorted(map(str, info.get(kind) or ()))
-        if names:
-            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-            problems.append(f"{kind.replace('_', ' ')}: {', '.join(names[:10])}{more}")
+        entries = sorted(map(str, info.get(kind) or ()))
+        if entries:
+            more = f" and {len(entries) - 10} more" if len(entries) > 10 else ""
+            problems.append(
+                f"{kind.replace('_', ' ')}: {', '.join(entries[:10])}{more}{_files(checkpoint, info[kind])}"
+            )
     if problems:
-        raise CheckpointError(f"The tensors of {spec.path} do not fit its class. {'; '.join(problems)}.")
+        raise CheckpointError(f"The tensors of {checkpoint.spec.path} do not fit its class. {'; '.join(problems)}.")
+
+
+def _files(checkpoint: Checkpoint, entries: Iterable[Any]) -> str:
+    """Return which files the modules of these entries have tensors in, where the names are the files' own."""
+    file_of = getattr(checkpoint, "file_of", None)
+    if file_of is None:
+        return ""
+    names = {str(entry[0] if isinstance(entry, tuple) else entry) for entry in entries}
+    modules = {name.rpartition(".")[0] for name in names}
+    held = {file_of(name).name for name in checkpoint.tensor_names() if name.rpartition(".")[0] in modules}
+    return f" ({', '.join(sorted(held)[:3])})" if held else ""

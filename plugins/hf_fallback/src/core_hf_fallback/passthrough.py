@@ -25,6 +25,16 @@ logger = logging.getLogger("core_serve.hf_fallback")
 HAVE_PLUGINS = frozenset(
     {"awq", "gptq", "auto-round", "bitsandbytes", "compressed-tensors", "fp8", "fbgemm_fp8", "gguf"}
 )
+# What pip calls the libraries that transformers needs for a method, where it is not called like the method.
+LIBRARIES = {
+    "quanto": "optimum-quanto",
+    "aqlm": "'aqlm[cpu]'",
+    "eetq": "kernels",
+    "nvfp4": "kernels",
+    "quark": "amd-quark",
+    "higgs": "flute-kernel fast-hadamard-transform",
+    "spqr": "'spqr_quant[gpu]'",
+}
 
 
 class TransformersQuantization:
@@ -41,6 +51,11 @@ class TransformersQuantization:
             f"{checkpoint.spec.path} is quantized with {self.name!r}, which only transformers reads. Serve it with "
             "--model-impl transformers."
         )
+
+    @property
+    def library(self) -> str:
+        """What to give pip for it."""
+        return LIBRARIES.get(self.name, self.name)
 
     def quantize(self, name: str, weight: Tensor) -> Tensor:
         raise NotImplementedError(f"{self.name} checkpoints come quantized")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from core.batch import Batch
 from core.contracts import AttentionBackend, KVSpec, Model
-from core.errors import UnsupportedAttention
+from core.errors import CheckpointError, UnsupportedAttention
 from core.request import Request, ScheduledTokens
 from core.runner import Runner
 from core.sampling_params import SamplingParams
@@ -72,6 +72,8 @@ class Probe:
         drawn = torch.randint(low, vocab_size, (len(LENGTHS), longest), generator=generator)
         with torch.inference_mode():
             logits = plain(drawn).float()
+        if bool(logits.isnan().any()):
+            raise CheckpointError("The model's own module puts out NaN: some of its weights are not finite numbers.")
         ids = {name: drawn[row, :count].tolist() for row, (name, count) in enumerate(LENGTHS.items())}
         # Copies: of a large vocabulary the whole batch is 40 MB.
         wanted = {name: logits[row][:count].clone() for row, (name, count) in enumerate(LENGTHS.items())}

@@ -35,6 +35,7 @@ def load(config: LlamaConfig, checkpoint: Checkpoint, context: BuildContext) -> 
     pack_linears(model, kinds=(Linear, MergedLinear, Head), kernels=context.kernels)
     if context.kernels is not None:
         take_kernels(model, context.kernels)
+        model.join_layers(context.kernels)
     if not reads_on_device(model):
         model.features = replace(model.features, captures_decode=False)
     return model.eval()

@@ -11,8 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from core.batch import Batch
-from core.contracts import AttentionArgs, KVSpec, ModelFeatures
-from core.layers import Attention, Embedding, GatedMLP, Head, Linear, MergedLinear, RMSNorm, Rotary
+from core.contracts import AttentionArgs, Kernels, KVSpec, LayerParts, ModelFeatures
+from core.layers import (
+    Attention,
+    Embedding,
+    GatedMLP,
+    Head,
+    LayerLinears,
+    LayerNorms,
+    LayerStack,
+    Linear,
+    MergedLinear,
+    RMSNorm,
+    Rotary,
+    layer_parts,
+)
 from core.reach import Reach
 from core_native_llama.config import LlamaConfig
 
@@ -61,6 +74,13 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden, config.eps, dtype)
         self.mlp = GatedMLP(config.hidden, config.inner, config.mlp_bias, dtype)
 
+    def parts(self) -> LayerParts | None:
+        """Return the kernels of this layer; None if there is none for any part of it."""
+        own = self.attention
+        linears = LayerLinears(own.qkv, own.output, self.mlp.gate_up, self.mlp.down)
+        norms = LayerNorms(self.attention_norm, self.mlp_norm, own.q_norm, own.k_norm)
+        return layer_parts(norms, linears, self.mlp, own.rotary, own.attention, own.config.heads)
+
     def forward(self, x: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
         """Add to x [tokens, hidden], in place, what attention and the feed-forward block make of it."""
         attended = self.attention(self.attention_norm(x), rotation, batch)
@@ -80,6 +100,7 @@ class LlamaModel(nn.Module):
         layers = range(config.layers)
         self.layers = nn.ModuleList(Layer(config, layer, dtype, str(device), self.rotary) for layer in layers)
         self.norm = RMSNorm(config.hidden, config.eps, dtype)
+        self.stack: LayerStack | None = None
         self.head = Head(config.hidden, 0 if config.tied else config.vocab, False, dtype)
         if config.tied:
             self.head.tie(self.embedding)
@@ -91,12 +112,20 @@ class LlamaModel(nn.Module):
     def kv_specs(self) -> Sequence[KVSpec]:
         return [layer.attention.attention.spec for layer in self.layers]
 
+    def join_layers(self, kernels: Kernels) -> None:
+        """Run all layers in one call from now on, where the kernels can; called when the linears are packed."""
+        parts = [layer.parts() for layer in self.layers]  # type: ignore[operator]
+        kernel = None if None in parts else kernels.decoder(parts)
+        self.stack = None if kernel is None else LayerStack(kernel, list(self.layers))
+
     def forward(self, batch: Batch) -> Tensor:
         x = self.embedding(batch.token_ids)
         rotation = self.rotary(batch, self.dtype)
-        for layer in self.layers:
-            x = layer(x, rotation, batch)
-        logits: Tensor = self.head(self.norm.of_rows(x, batch.logit_rows))
+        if self.stack is None or not self.stack.run(x, rotation, batch.attention):
+            for layer in self.layers:
+                x = layer(x, rotation, batch)
+        everything = len(batch.logit_rows) == len(x)  # ascending, so all of them are x
+        logits: Tensor = self.head(self.norm(x) if everything else self.norm.of_rows(x, batch.logit_rows))
         return logits
 
     def release(self, request_id: str) -> None:

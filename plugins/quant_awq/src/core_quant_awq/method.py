@@ -10,7 +10,7 @@ from torch import Tensor
 from core.contracts import Checkpoint
 from core.errors import CheckpointError
 from core.layers import AffineTensor
-from core.quant_weights import as_its_module_has_it, by_module, located, read_part
+from core.quant_weights import as_its_module_has_it, by_module, located, read_part, read_scales
 from core_quant_awq.packing import codes_of_gemm, codes_of_gemv, codes_of_gemv_fast, rows_of_gemm, zeros_of_gemv
 from core_quant_awq.settings import AwqSettings
 
@@ -68,7 +68,7 @@ class _Reader:
     def _gemm(self, qweight: Tensor) -> tuple[dict[str, Tensor], int]:
         columns, rows = qweight.shape[0], qweight.shape[1] * 8
         groups = self._groups(columns)
-        scales = self._read("scales", (groups, rows)).t().contiguous()
+        scales = self._scales("scales", (groups, rows)).t().contiguous()
         parts = {"codes": codes_of_gemm(qweight), "scales": scales}
         if "qzeros" in self.found:
             words = self._integers("qzeros", torch.int32, (groups, rows // 8))
@@ -79,7 +79,7 @@ class _Reader:
         rows, columns = qweight.shape[0], qweight.shape[1] * 8
         groups = self._groups(columns)
         width = self._width(groups)
-        scales = self._read("scales", (rows, width * 8))[:, :groups].contiguous()
+        scales = self._scales("scales", (rows, width * 8))[:, :groups].contiguous()
         parts = {"codes": codes_of_gemv(qweight), "scales": scales}
         if "qzeros" in self.found:
             parts["zeros"] = zeros_of_gemv(self._integers("qzeros", torch.int32, (rows, width)), groups)
@@ -94,8 +94,8 @@ class _Reader:
         offsets = "qzeros" if "qzeros" in self.found else "scaled_zeros"
         return {
             "codes": codes_of_gemv_fast(qweight),
-            "scales": self._read("scales", shape)[:groups].t().contiguous(),
-            "offsets": self._read(offsets, shape)[:groups].t().contiguous(),
+            "scales": self._scales("scales", shape)[:groups].t().contiguous(),
+            "offsets": self._scales(offsets, shape)[:groups].t().contiguous(),
         }, columns
 
     def _groups(self, columns: int) -> int:
@@ -120,6 +120,9 @@ class _Reader:
                 f"{dtype} of two dimensions there."
             )
         return tensor
+
+    def _scales(self, part: str, shape: tuple[int, ...]) -> Tensor:
+        return read_scales(self.checkpoint, f"{self.module}.{part}", shape)
 
     def _read(self, part: str, shape: tuple[int, ...] | None = None) -> Tensor:
         return read_part(self.checkpoint, f"{self.module}.{part}", shape)

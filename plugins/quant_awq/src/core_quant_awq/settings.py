@@ -28,9 +28,9 @@ class AwqSettings:
         version = _version(stated)
         if version not in PACKINGS:
             raise ConfigError(f"{path} is AWQ of version {version!r}; supported: {', '.join(PACKINGS)}.")
-        group_size = int(stated.get("group_size", stated.get("q_group_size", 128)))
-        if group_size < 1 and group_size != -1:
-            raise ConfigError(f"{path} states an AWQ group size of {group_size}; right is -1 or a positive number.")
+        group_size = stated.get("group_size", stated.get("q_group_size", 128))
+        if type(group_size) is not int or (group_size < 1 and group_size != -1):
+            raise ConfigError(f"{path} states an AWQ group size of {group_size!r}; right is -1 or a positive number.")
         symmetric = stated.get("sym") is True  # auto-round's word
         return cls(
             PACKINGS[version], None if group_size == -1 else group_size, bool(stated.get("zero_point", not symmetric))
@@ -50,4 +50,5 @@ def _version(stated: Mapping[str, Any]) -> str:
         return "gemm"
     if stated.get("backend") == "llm-awq":
         return "llm-awq"
-    return str(stated.get("version") or stated.get("format") or "gemm").lower()
+    named = [stated[name] for name in ("version", "format") if stated.get(name) is not None]
+    return str(named[0] if named else "gemm").lower()

@@ -21,7 +21,7 @@ from torch import Tensor
 from core.contracts import Checkpoint
 from core.errors import CheckpointError
 from core.layers import QuantizedTensor
-from core.quant_weights import as_its_module_has_it, located, read_part
+from core.quant_weights import as_its_module_has_it, located, read_part, read_scales
 from core_quant_bnb import four_bit, int8
 
 WEIGHT = ".weight"
@@ -83,7 +83,8 @@ def _part(checkpoint: Checkpoint, weight: str, parts: Mapping[str, str], suffix:
     if suffix not in parts:
         base = weight if suffix in FOUR_BIT_PARTS else weight.removesuffix(WEIGHT)
         raise CheckpointError(f"{located(checkpoint, weight)} is quantized, but {base + suffix!r} is missing.")
-    return read_part(checkpoint, parts[suffix], shape)
+    read = read_part if suffix == ".absmax" else read_scales  # the former may be quantized themselves
+    return read(checkpoint, parts[suffix], shape)
 
 
 # ------------------------------------------------------------------------------------------------ int8
@@ -97,7 +98,8 @@ def _read_int8(
             f"{located(checkpoint, name)} is {weight.dtype} {list(weight.shape)}; int8 of two dimensions is right."
         )
     absmax = _part(checkpoint, name, parts, ".SCB", [len(weight)])
-    if ".weight_format" in parts and int(checkpoint.tensor(parts[".weight_format"])) != 0:
+    order = checkpoint.tensor(parts[".weight_format"]) if ".weight_format" in parts else torch.zeros(1)
+    if bool((order != 0).any()):
         raise CheckpointError(
             f"{located(checkpoint, name)} lies in an order for one kind of GPU (weight_format). Save it again with "
             "bitsandbytes 0.45 or newer."
@@ -145,7 +147,7 @@ def _state(checkpoint: Checkpoint, name: str, parts: Mapping[str, str]) -> State
         raise CheckpointError(f"{located(checkpoint, name)} is quantized, but has {problem}.")
     stored = parts[STATE + kinds[0]]
     try:
-        found = json.loads(bytes(checkpoint.tensor(stored).tolist()))
+        found = json.loads(bytes(checkpoint.tensor(stored).flatten().tolist()))
         return _checked_state(kinds[0], found)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
@@ -173,9 +175,9 @@ def _checked_state(kind: str, found: Mapping[str, Any]) -> State:
 def _absmax(checkpoint: Checkpoint, name: str, parts: Mapping[str, str], state: State) -> Tensor:
     """Return the blocks' scales, float32; where they are quantized themselves, as bitsandbytes computes them."""
     blocks = -(-state.count // state.block)
+    if state.nested_block is None and ".absmax" in parts:
+        return read_scales(checkpoint, parts[".absmax"], [blocks]).float()
     absmax = _part(checkpoint, name, parts, ".absmax", [blocks])
-    if state.nested_block is None:
-        return absmax.float()
     if absmax.dtype != torch.uint8:
         raise CheckpointError(f"{located(checkpoint, parts['.absmax'])} is {absmax.dtype}; nested scales are uint8.")
     table = _part(checkpoint, name, parts, ".nested_quant_map", [256]).float()

@@ -1,7 +1,7 @@
 """From the tensors of one module in a file to one quantized weight.
 
 pack-quantized     weight_packed int32 [out, in * bits / 32], weight_shape [2], weight_scale [out, groups],
-                   weight_zero_point int32 [out * bits / 32, groups], weight_g_idx [in] (column -> group)
+                   weight_zero_point int32 [out * bits / 32, groups] (or int8), weight_g_idx [in]: column -> group
 others             weight int8 or float8 [out, in], weight_scale [out, groups], [out], [1] or of blocks,
                    weight_zero_point like weight_scale
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from core.layers import AffineTensor, QuantizedTensor, float8_tensor, pack_codes, unpack_codes
+from core.quant_weights import wrong_with_scales
 from core_quant_compressed_tensors.scheme import Scheme
 
 
@@ -29,7 +30,7 @@ class Misfit(ValueError):
 
 def build_weight(parts: Mapping[str, Tensor], scheme: Scheme, dtype: torch.dtype) -> QuantizedTensor:
     """Return the weight of a module's parts. Raises Misfit."""
-    if "weight_packed" in parts:
+    if "weight_packed" in parts or scheme.is_packed:
         return _packed(parts, scheme, dtype)
     values = _part(parts, "weight")
     if values.dim() != 2:
@@ -47,22 +48,39 @@ def _part(parts: Mapping[str, Tensor], name: str) -> Tensor:
     return parts[name]
 
 
+def _scales(parts: Mapping[str, Tensor]) -> Tensor:
+    scales = _part(parts, "weight_scale")
+    problem = wrong_with_scales(scales)
+    if problem is not None:
+        raise Misfit("weight_scale", problem)
+    return scales
+
+
 def _packed(parts: Mapping[str, Tensor], scheme: Scheme, dtype: torch.dtype) -> QuantizedTensor:
-    packed, shape = parts["weight_packed"], _part(parts, "weight_shape")
+    packed, shape = _part(parts, "weight_packed"), _part(parts, "weight_shape")
+    if shape.is_floating_point() or shape.shape != (2,):
+        raise Misfit("weight_shape", f"is {shape.dtype} {list(shape.shape)}; right is two whole numbers")
     out, width = (int(size) for size in shape.tolist())
     bits = scheme.bits
     wanted = [out, -(-width * bits // 32)]
     if packed.dtype != torch.int32 or list(packed.shape) != wanted:
         raise Misfit("weight_packed", f"is {packed.dtype} {list(packed.shape)}; right is torch.int32 {wanted}")
+    if width * bits % 8:
+        raise Misfit("weight_shape", f"is of {width} inputs; rows of an odd number of 4 bit weights are not read")
     codes = packed.view(torch.uint8)[:, : width * bits // 8]
-    zeros = None
-    if not scheme.symmetric:
-        stored = _part(parts, "weight_zero_point")
-        if stored.shape[0] != -(-out * bits // 32):
-            raise Misfit("weight_zero_point", f"has shape {list(stored.shape)}, which does not hold {out} rows")
-        by_group = unpack_codes(stored.T.contiguous().view(torch.uint8), bits)  # [groups, out and some more]
-        zeros = by_group[:, :out].T.contiguous()
+    has_zeros = not scheme.symmetric or "weight_zero_point" in parts
+    zeros = _packed_zeros(_part(parts, "weight_zero_point"), out, bits) if has_zeros else None
     return _affine(codes, width, parts, zeros, bits, scheme, dtype)
+
+
+def _packed_zeros(stored: Tensor, out: int, bits: int) -> Tensor:
+    """Return uint8 [out, groups]; older versions, and one zero for all weights, are int8 as they are."""
+    if stored.dtype == torch.int8:
+        return (stored.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    if stored.dtype != torch.int32 or stored.dim() != 2 or stored.shape[0] != -(-out * bits // 32):
+        raise Misfit("weight_zero_point", f"is {stored.dtype} {list(stored.shape)}, which does not hold {out} rows")
+    by_group = unpack_codes(stored.T.contiguous().view(torch.uint8), bits)  # [groups, out and some more]
+    return by_group[:, :out].T.contiguous()
 
 
 def _flat_zeros(parts: Mapping[str, Tensor]) -> Tensor | None:
@@ -85,7 +103,7 @@ def _affine(
     if width % group:
         raise Misfit("weight_scale", f"is of groups of {group}, which do not divide the weight's {width} inputs")
     out, groups = codes.shape[0], width // group
-    found = {"codes": codes, "scales": _rows("weight_scale", _part(parts, "weight_scale"), out, groups)}
+    found = {"codes": codes, "scales": _rows("weight_scale", _scales(parts), out, groups)}
     if zeros is not None:
         found["zeros"] = _rows("weight_zero_point", zeros, out, groups)
     order = _order(parts.get("weight_g_idx"), width, group)
@@ -116,7 +134,7 @@ def _order(g_idx: Tensor | None, width: int, group: int) -> Tensor | None:
 
 
 def _floats(values: Tensor, parts: Mapping[str, Tensor], scheme: Scheme, dtype: torch.dtype) -> QuantizedTensor:
-    scales, (out, width) = _part(parts, "weight_scale"), values.shape
+    scales, (out, width) = _scales(parts), values.shape
     if values.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
         raise Misfit("weight", f"is {values.dtype}; right is a float8")
     if scheme.strategy in ("tensor", "channel"):

@@ -73,9 +73,13 @@ class CompressedTensorsMethod:
         try:
             return build_weight({part: checkpoint.tensor(f"{module}.{part}") for part in parts}, scheme, dtype)
         except Misfit as problem:
+            group = f"group {scheme.group!r} of the config"
             name = f"{module}.{problem.part}"
-            where = located(checkpoint, name) if problem.part in parts else f"Tensor {name!r} of {checkpoint.spec.path}"
-            raise CheckpointError(f"{where} {problem} (group {scheme.group!r} of the config).") from problem
+            if problem.part in parts:
+                raise CheckpointError(f"{located(checkpoint, name)} {problem} ({group}).") from problem
+            raise CheckpointError(
+                f"Tensor {name!r} {problem}. {located(checkpoint, example)} needs it ({group})."
+            ) from problem
 
     def quantize(self, name: str, weight: Tensor) -> Tensor:
         raise NotImplementedError("compressed-tensors reads checkpoints; it makes nothing small on the fly")

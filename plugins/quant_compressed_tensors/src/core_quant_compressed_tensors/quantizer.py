@@ -84,7 +84,7 @@ class IntQuantizer:
     def _scheme(self) -> Scheme:
         grouped = self.group_size != -1
         strategy, size = ("group", self.group_size) if grouped else ("channel", None)
-        return Scheme("group_0", ("Linear",), self.bits, False, strategy, size, None, self.symmetric, False)
+        return Scheme("group_0", ("Linear",), self.bits, False, strategy, size, None, self.symmetric, False, True)
 
     def config(self, in_floats: Sequence[str]) -> Mapping[str, Any]:
         scheme = self._scheme()

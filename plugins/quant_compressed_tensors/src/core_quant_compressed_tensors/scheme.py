@@ -12,6 +12,8 @@ from core.errors import ConfigError
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 STRATEGIES = ("tensor", "channel", "group", "block")
 
+ENTRIES = {"num_bits": (int,), "group_size": (int,), "symmetric": (bool,), "strategy": (str,)}  # and their types
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -26,6 +28,7 @@ class Scheme:
     block: tuple[int, int] | None  # of strategy "block": rows, columns
     symmetric: bool
     quantizes_inputs: bool
+    is_packed: bool = False  # several codes in an int32
 
     def names(self, module: str) -> bool:
         """True if a target is this module's name or a pattern of it; a class ("Linear") names no module by itself."""
@@ -35,8 +38,8 @@ class Scheme:
 def read_schemes(config: Mapping[str, Any], where: object) -> list[Scheme]:
     """Return the config's groups. Raises ConfigError for whatever the plugin does not read."""
     _refuse(config, where)
-    groups = config.get("config_groups") or {}
-    if not groups:
+    groups = config.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
         raise ConfigError(f"{where} is quantized with compressed-tensors and has no config_groups.")
     return [_read(name, group, config.get("format"), where) for name, group in groups.items()]
 
@@ -59,6 +62,11 @@ def _read(name: str, group: Mapping[str, Any], overall: str | None, where: objec
     stored = group.get("format") or overall
     if stored not in FORMATS:
         raise ConfigError(f"Group {name!r} of {where} is in format {stored!r}; this plugin reads {', '.join(FORMATS)}.")
+    for entry, kinds in ENTRIES.items():
+        if weights.get(entry) is not None and type(weights[entry]) not in kinds:
+            raise ConfigError(
+                f"Group {name!r} of {where} has weights of {entry} {weights[entry]!r}, which is no value."
+            )
     group_size, kind = weights.get("group_size"), weights.get("type", "int")
     strategy = weights.get("strategy") or _implied(group_size)
     found = Scheme(
@@ -69,9 +77,12 @@ def _read(name: str, group: Mapping[str, Any], overall: str | None, where: objec
         strategy=strategy,
         group_size=group_size if strategy == "group" else None,
         block=_block(weights.get("block_structure")) if strategy == "block" else None,
-        symmetric=bool(weights.get("symmetric", True)),
+        symmetric=weights.get("symmetric") is not False,
         quantizes_inputs=bool(group.get("input_activations")),
+        is_packed=stored == "pack-quantized",
     )
+    if strategy == "group" and (group_size or 0) < 1:
+        raise ConfigError(f"Group {name!r} of {where} has weights of strategy 'group' and group_size {group_size!r}.")
     bits = (8,) if found.is_float else (4, 8)
     if found.bits not in bits or kind not in ("int", "float") or strategy not in STRATEGIES:
         raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from core.contracts import Checkpoint
 from core.errors import CheckpointError, ConfigError
 from core.layers import QuantizedTensor, float8_tensor
-from core.quant_weights import located
+from core.quant_weights import located, wrong_with_scales
 from core.spec import ModelSpec
 
 logger = logging.getLogger("core_serve.quant_fp8")
@@ -50,10 +50,23 @@ class FP8Method:
                     raise CheckpointError(f"{located(checkpoint, name)} is the scale of a weight that is missing.")
                 continue
             tensor = checkpoint.tensor(name)
-            yield name, self._weight(checkpoint, name, tensor, dtype) if tensor.dtype in FLOAT8 else tensor
+            yield name, self._weight(checkpoint, name, tensor, known, dtype) if tensor.dtype in FLOAT8 else tensor
 
-    def _weight(self, checkpoint: Checkpoint, name: str, values: Tensor, dtype: torch.dtype) -> QuantizedTensor:
+    def _weight(
+        self, checkpoint: Checkpoint, name: str, values: Tensor, known: Set[str], dtype: torch.dtype
+    ) -> QuantizedTensor:
+        if values.dim() < 2:
+            raise CheckpointError(
+                f"{located(checkpoint, name)} has shape {list(values.shape)}; right is [..., out, in]."
+            )
+        if name + self.suffix not in known:
+            raise CheckpointError(f"Tensor '{name + self.suffix}' is missing. {located(checkpoint, name)} needs it.")
         scales = checkpoint.tensor(name + self.suffix)
+        problem = (
+            None if scales.dtype.itemsize == 1 else wrong_with_scales(scales)
+        )  # powers of two have a type of 8 bits
+        if problem is not None:
+            raise CheckpointError(f"{located(checkpoint, name + self.suffix)} {problem}.")
         if scales.numel() == 1 and values.numel() > 1 and self.block is None:
             return float8_tensor(values, scales, None, dtype)
         block = self.block or (1, values.shape[-1])  # a row

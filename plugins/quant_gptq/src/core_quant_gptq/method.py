@@ -18,7 +18,7 @@ from torch import Tensor
 from core.contracts import Checkpoint
 from core.errors import CheckpointError
 from core.layers import AffineTensor, pack_codes, unpack_codes
-from core.quant_weights import as_its_module_has_it, by_module, located, read_part
+from core.quant_weights import as_its_module_has_it, by_module, located, read_part, read_scales
 from core_quant_gptq.settings import BITS, GptqSettings
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -48,6 +48,9 @@ class GptqMethod:
                     raise CheckpointError(
                         f"Tensor '{module}.{part}' is missing. {located(checkpoint, there)} needs it."
                     )
+            if self.settings.desc_act and "g_idx" not in found:
+                where = located(checkpoint, f"{module}.qweight")
+                raise CheckpointError(f"Tensor '{module}.g_idx' is missing. {where} needs it: desc_act is on.")
             weight = self._weight(checkpoint, module, "g_idx" in found, dtype)
             yield f"{module}.weight", as_its_module_has_it(checkpoint.spec, weight)
 
@@ -59,21 +62,36 @@ class GptqMethod:
         where = located(checkpoint, f"{module}.qweight")
         if qweight.dtype != torch.int32 or qweight.dim() != 2:
             raise CheckpointError(f"{where} is {qweight.dtype} {list(qweight.shape)}; GPTQ has int32 [in / n, out].")
-        index = read_part(checkpoint, f"{module}.g_idx") if has_index else None
+        index = _index(checkpoint, f"{module}.g_idx") if has_index else None
         columns = len(index) if index is not None else qweight.shape[0] * 32 // self.settings.bits
         rows, bits = qweight.shape[1], qweight.shape[0] * 32 // max(columns, 1)
         if bits not in BITS or qweight.shape[0] * 32 != columns * bits:
-            raise CheckpointError(f"{where} {list(qweight.shape)} does not hold 4 or 8 bits for {columns} columns.")
-        scales = read_part(checkpoint, f"{module}.scales")
-        groups = scales.shape[0]
-        read_part(checkpoint, f"{module}.scales", (groups, rows))
-        zeros = self._zeros(read_part(checkpoint, f"{module}.qzeros", (groups, rows * bits // 32)), bits)
+            beside = f" that '{module}.g_idx' of the same file has" if index is not None else ""
+            raise CheckpointError(
+                f"{where} {list(qweight.shape)} does not hold 4 or 8 bits for the {columns} columns{beside}."
+            )
+        groups = self._groups(checkpoint, module, columns)
+        scales = read_scales(checkpoint, f"{module}.scales", (groups, rows))
+        words = read_part(checkpoint, f"{module}.qzeros", (groups, rows * bits // 32), torch.int32)
+        zeros = self._zeros(words, bits)
         if index is None:
             index = torch.arange(columns) // -(-columns // groups)
         if int(index.min()) < 0 or int(index.max()) >= groups:
             raise CheckpointError(f"{located(checkpoint, module + '.g_idx')} names groups outside [0, {groups}).")
+        if self.settings.group_size is not None and not _evenly(index, self.settings.group_size):
+            raise CheckpointError(
+                f"{located(checkpoint, f'{module}.g_idx')} does not give each of {groups} groups the config's "
+                f"{self.settings.group_size} columns."
+            )
         codes = qweight.t().contiguous().view(torch.uint8)  # the file's words are core's packing, read along the row
         return _affine(codes, scales, zeros, index.long(), bits, dtype)
+
+    def _groups(self, checkpoint: Checkpoint, module: str, columns: int) -> int:
+        """As many as the config says; where it does not, as many as there are scales."""
+        size = self.settings.group_size
+        if size is not None:
+            return -(-columns // (columns if size == -1 else size))
+        return max(len(read_scales(checkpoint, f"{module}.scales")), 1)
 
     def _zeros(self, words: Tensor, bits: int) -> Tensor:
         """Int32 [groups, out / n] -> uint8 [groups, out].
@@ -82,6 +100,20 @@ class GptqMethod:
         """
         ones = 0x11111111 if bits == 4 else 0x01010101
         return unpack_codes((words + ones * self.settings.zero_offset).view(torch.uint8), bits)
+
+
+def _index(checkpoint: Checkpoint, name: str) -> Tensor:
+    index = read_part(checkpoint, name)
+    if index.dtype not in (torch.int32, torch.int64) or index.dim() != 1 or not len(index):
+        raise CheckpointError(f"{located(checkpoint, name)} is {index.dtype} {list(index.shape)}; right is int32 [in].")
+    return index
+
+
+def _evenly(index: Tensor, size: int) -> bool:
+    """True if each group has `size` columns (-1: all), but for the last one, which has the rest."""
+    size = len(index) if size == -1 else size
+    counts = torch.bincount(index.long())
+    return bool((counts[:-1] == size).all()) and int(counts[-1]) <= size
 
 
 def _affine(codes: Tensor, scales: Tensor, zeros: Tensor, index: Tensor, bits: int, dtype: torch.dtype) -> AffineTensor:

@@ -17,6 +17,8 @@ FORMATS = {"gptq": 1, "gptq_v2": 0, "auto_round:auto_gptq": 1, "auto_round:gptqm
 class GptqSettings:
     bits: int  # where nothing in the file says otherwise
     zero_offset: int  # what the file's zeros are short of
+    group_size: int | None = None  # -1: a whole row; None: not said, or not for all linears
+    desc_act: bool = False  # columns are grouped in another order, which the file has to hold
 
     @classmethod
     def of(cls, stated: Mapping[str, Any], path: str) -> GptqSettings:
@@ -27,7 +29,17 @@ class GptqSettings:
         form = _format(stated)
         if form not in FORMATS:
             raise ConfigError(f"{path} is GPTQ of format {form!r}; supported: {', '.join(FORMATS)}.")
-        return cls(bits, FORMATS[form])
+        size = stated.get("group_size")
+        if size is not None and (type(size) is not int or (size < 1 and size != -1)):
+            raise ConfigError(f"{path} states a GPTQ group size of {size!r}; right is -1 or a positive number.")
+        differ = any(_has_own(stated.get(name)) for name in ("dynamic", "extra_config"))
+        return cls(bits, FORMATS[form], None if differ else size, stated.get("desc_act") is True)
+
+
+def _has_own(overrides: object) -> bool:
+    """True if some linears have settings of their own; an entry without any, or of a skipped one, says nothing."""
+    entries = overrides.items() if isinstance(overrides, Mapping) else ()
+    return any(value and not str(name).startswith("-:") for name, value in entries)
 
 
 def is_gptq(stated: Mapping[str, Any]) -> bool:
@@ -38,4 +50,5 @@ def is_gptq(stated: Mapping[str, Any]) -> bool:
 def _format(stated: Mapping[str, Any]) -> str:
     if stated.get("quant_method") == "auto-round":
         return str(stated.get("packing_format", "auto_round"))
-    return str(stated.get("checkpoint_format") or stated.get("format") or "gptq")
+    named = [stated[name] for name in ("checkpoint_format", "format") if stated.get(name) is not None]
+    return str(named[0] if named else "gptq")

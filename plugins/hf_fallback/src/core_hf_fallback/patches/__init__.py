@@ -10,6 +10,7 @@ gated-mlp        down(activation(gate(x)) * up(x)) in three calls
 grouped-experts  the experts of a mixture in two products over rows sorted by expert, on a GPU
 attention-block  projections, norms by head, rotation, attention and output in as few calls as that
 decoder-layer    x + attention(norm(x)), then + mlp(norm(that)), where additions join the norms that follow them
+layer-stack      such layers one after the other in a single call, where the device has kernels for it
 child-lookup     a module finds its children without nn.Module.__getattr__
 """
 
@@ -26,6 +27,7 @@ NAMES = (
     "grouped-experts",
     "attention-block",
     "decoder-layer",
+    "layer-stack",
     "child-lookup",
 )
 

@@ -29,9 +29,11 @@ Projections = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # x [1, tokens,
 class Parts:
     """What the block is made of."""
 
+    linears: list[nn.Module]  # of Q, K and V: one for all, or three
     project: Projections
     norms: tuple[Norm, Norm] | None  # of Q and of K, by head
     rotate: Rotation
+    output_linear: nn.Module
     output: Callable[[Tensor], Tensor]
     dim: int
 
@@ -67,25 +69,36 @@ def recognise(block: nn.Module, call: BlockCall, kernels: Kernels | None) -> Cal
         return None
     if not same(parts.output(recorded.out.reshape(1, len(recorded.out), -1)), call.output[0]):
         return None
-    return _attention(block, parts, recorded, call)
+    return FusedAttention(block, parts, recorded, call)
 
 
-def _attention(block: nn.Module, parts: Parts, recorded: Call, call: BlockCall) -> Callable[..., Any]:
-    binding, plain = _binding(block), block.forward
-    further = call.kwargs.keys() - GIVEN
-    name, args, mask = binding.name_of(block), recorded.args, call.kwargs.get("attention_mask")
-    dtype = recorded.q.dtype
+class FusedAttention:
+    """The quicker form of one block."""
 
-    def forward(
+    def __init__(self, block: nn.Module, parts: Parts, recorded: Call, call: BlockCall) -> None:
+        self.block, self.parts, self.binding, self.plain = block, parts, _binding(block), block.forward
+        self.further = call.kwargs.keys() - GIVEN
+        self.name, self.args, self.mask = self.binding.name_of(block), recorded.args, call.kwargs.get("attention_mask")
+        self.heads, self.kv_heads = recorded.q.shape[1], recorded.k.shape[1]
+        self.dtype, self.rotated = recorded.q.dtype, int(call.kwargs["position_embeddings"][0].shape[-1])
+
+    @property
+    def layer(self) -> int:
+        """Of the attention backend."""
+        return self.binding.layers[self.name, 0]
+
+    def __call__(
+        self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Any = None,
         past_key_values: Any = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
-        usual = attention_mask is mask and past_key_values is None and others.keys() == further
-        if not usual or position_embeddings is None or hidden_states.dtype is not dtype or binding.recording:
-            answer: tuple[Tensor, None] = plain(
+        binding = self.binding
+        usual = attention_mask is self.mask and past_key_values is None and others.keys() == self.further
+        if not usual or position_embeddings is None or hidden_states.dtype is not self.dtype or binding.recording:
+            answer: tuple[Tensor, None] = self.plain(
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
@@ -93,11 +106,9 @@ def _attention(block: nn.Module, parts: Parts, recorded: Call, call: BlockCall) 
                 **others,
             )
             return answer
-        q, k, v = parts.heads(hidden_states, position_embeddings)
-        out = binding.attend_as(name, block, q, k, v, args)
-        return parts.output(out.reshape(1, len(out), -1)), None
-
-    return forward
+        q, k, v = self.parts.heads(hidden_states, position_embeddings)
+        out = binding.attend_as(self.name, self.block, q, k, v, self.args)
+        return self.parts.output(out.reshape(1, len(out), -1)), None
 
 
 def _binding(block: nn.Module) -> Binding:
@@ -144,19 +155,18 @@ def _parts(block: nn.Module, recorded: Call, kernels: Kernels | None, dtype: tor
     if any(norm.dtype != dtype for norm in by_head):
         return
     sizes = [part.shape[1] * dim for part in (recorded.q, recorded.k, recorded.v)]
-    project = _projections(linears[:3], sizes)
-    if project is None:
+    if [part.out_features for part in linears[:3]] != sizes:
         return
+    product = together(linears[:3])
+    first = linears[:3] if product is None else [product]
     pair = (by_head[0], by_head[1]) if by_head else None
     for rotate in rotations(kernels, dtype):
-        yield Parts(project, pair, rotate, linears[3].forward, dim)
+        yield Parts(first, _projections(first, sizes), pair, rotate, linears[3], linears[3].forward, dim)
 
 
-def _projections(parts: list[nn.Module], sizes: list[int]) -> Projections | None:
-    if [part.out_features for part in parts] != sizes:
-        return None
-    product = together(parts)
-    if product is not None:
+def _projections(linears: list[nn.Module], sizes: list[int]) -> Projections:
+    if len(linears) == 1:
+        product = linears[0].forward
         return lambda x: torch.split_with_sizes(product(x), sizes, -1)  # type: ignore[return-value]
-    first, second, third = (part.forward for part in parts)
+    first, second, third = (part.forward for part in linears)
     return lambda x: (first(x), second(x), third(x))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from core.contracts import Kernels
+from core.contracts import GateKernel, Kernels
 from core_hf_fallback.patches.calls import BlockCall, LinearCalls
 from core_hf_fallback.patches.operations import ACTIVATIONS, gated
 from core_hf_fallback.patches.shapes import is_hooked, linears_of, others_of, replace_forwards, same, together
@@ -48,28 +48,39 @@ def _candidates(block: nn.Module, kernels: Kernels | None, dtype: torch.dtype) -
     widths = {int(part.out_features) for part in first}  # type: ignore[arg-type]
     if widths != {int(down.in_features) * (3 - len(first))}:  # type: ignore[arg-type]
         return
-    product = first[0].forward if len(first) == 1 else together(first)
-    for activation, function in ACTIVATIONS.items():
+    product = first[0] if len(first) == 1 else together(first)
+    for activation in ACTIVATIONS:
         gate = gated(activation, kernels, dtype)
-        if gate is None:
-            continue
-        if product is None:
-            inner = _two_products(first[0].forward, first[1].forward, function)
+        if gate is not None:
+            whole = [product] if product is not None else first
+            kernel = None if kernels is None else kernels.gate(activation, dtype)
+            yield FusedMLP(whole, down, activation, gate, kernel, block.forward, dtype)
+
+
+class FusedMLP:
+    """The quicker form: a product for gate and up, or one for each."""
+
+    def __init__(
+        self,
+        first: list[nn.Module],
+        down: nn.Module,
+        activation: str,
+        gate: Forward,
+        kernel: GateKernel | None,
+        plain: Forward,
+        dtype: torch.dtype,
+    ) -> None:
+        self.first, self.down, self.plain, self.dtype = first, down, plain, dtype
+        self.gate_kernel = kernel
+        self._multiply, self._down = [part.forward for part in first], down.forward
+        self._gate, self._activation = gate, ACTIVATIONS[activation]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype is not self.dtype:
+            return self.plain(x)
+        if len(self._multiply) == 1:
+            inner = self._gate(self._multiply[0](x))
         else:
-            inner = _one_product(product, gate)
-        yield _gated_mlp(inner, down.forward, block.forward, dtype)
-
-
-def _one_product(product: Forward, gate: Forward) -> Forward:
-    return lambda x: gate(product(x))
-
-
-def _two_products(gate: Forward, up: Forward, activation: Forward) -> Forward:
-    return lambda x: activation(gate(x)) * up(x)
-
-
-def _gated_mlp(inner: Forward, down: Forward, plain: Forward, dtype: torch.dtype) -> Forward:
-    def forward(x: Tensor) -> Tensor:
-        return down(inner(x)) if x.dtype is dtype else plain(x)
-
-    return forward
+            inner = self._activation(self._multiply[0](x)) * self._multiply[1](x)
+        out: Tensor = self._down(inner)
+        return out

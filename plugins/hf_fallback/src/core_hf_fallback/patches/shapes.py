@@ -40,8 +40,8 @@ def others_of(block: nn.Module) -> list[nn.Module]:
     return [child for child in block.children() if type(child) not in LINEARS]
 
 
-def together(parts: Sequence[nn.Module]) -> Callable[[Tensor], Tensor] | None:
-    """Return the product x [..., in] -> [..., sum of out] that just these parts were merged into; else None."""
+def together(parts: Sequence[nn.Module]) -> nn.Module | None:
+    """Return the linear x [..., in] -> [..., sum of out] that just these parts were merged into; else None."""
     first = parts[0]
     if not all(type(part) is Part for part in parts):
         return None
@@ -50,8 +50,8 @@ def together(parts: Sequence[nn.Module]) -> Callable[[Tensor], Tensor] | None:
     whole = [part.index for part in parts if isinstance(part, Part) and part.__dict__["merged"] is merged]
     if whole != list(range(len(merged.sizes))):
         return None
-    product: Callable[[Tensor], Tensor] = merged.linear.forward
-    return product
+    linear: nn.Module = merged.linear
+    return linear
 
 
 def is_hooked(block: nn.Module) -> bool:
@@ -60,11 +60,11 @@ def is_hooked(block: nn.Module) -> bool:
 
 
 def same(found: Tensor, wanted: object) -> bool:
-    """True if two results differ by no more than the order of additions explains."""
+    """True if two results differ by no more than the order of additions, and activations of 16 bits, explain."""
     if not isinstance(wanted, Tensor) or found.shape != wanted.shape or found.dtype != wanted.dtype:
         return False
     if found.dtype in HALF_ERROR:
         error = torch.linalg.vector_norm(found.float() - wanted.float())
         return bool(error <= HALF_ERROR[found.dtype] * torch.linalg.vector_norm(wanted.float()))
     scale = float(wanted.abs().max()) if wanted.numel() else 0.0
-    return torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * max(scale, 1e-6))
+    return torch.allclose(found, wanted, rtol=1e-4, atol=2e-4 * max(scale, 1e-6))

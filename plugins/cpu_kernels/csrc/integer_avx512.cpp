@@ -1,0 +1,20 @@
+// Dot products of bytes, compiled for AVX-512 with VNNI; all else is that of AVX-512.
+#include "integer_simd_avx512.h"
+#include "elementwise.h"
+#include "instruction_set.h"
+#include "integer_find.h"
+
+namespace core_kernels {
+extern const InstructionSet avx512_set, avx512vnni_set;
+
+namespace {
+template <class Rows> struct Vnni {
+    static constexpr auto multiply = multiply_integer<Rows>;
+    static constexpr int64_t most_rows = INTEGER_ROWS;
+};
+const Packing* find_floats(int32_t packing) { return avx512_set.find(packing); }
+}  // namespace
+
+// A constant: no code of this file may run where it was not chosen.
+constexpr InstructionSet avx512vnni_set = {"avx512vnni", find_floats, {rms_norm, gate, rotate}, find_integer<Vnni>};
+}

@@ -1,0 +1,186 @@
+"""layer-stack: fused layers that follow each other run in one call of the kernels (`core.contracts.DecoderKernel`).
+
+The first layer of a stack runs all of them; the others hand on what they are given. Which layers follow each other the
+recording forward has seen: one's output is the next one's input, and all turn by the same angles. While serving, layers
+that are called otherwise are an error; where somebody looks at one, all of a stack run one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from core.contracts import Kernels, LayerParts
+from core.errors import CoreError
+from core.layers import LayerStack, kernels_of
+from core_hf_fallback.patches.attention_block import FusedAttention
+from core_hf_fallback.patches.calls import BlockCall, LinearCalls
+from core_hf_fallback.patches.decoder_layer import FusedLayer
+from core_hf_fallback.patches.gated_mlp import FusedMLP
+from core_hf_fallback.patches.operations import Norm
+
+ANGLES, MASK = "position_embeddings", "attention_mask"
+
+
+def stack_layers(module: nn.Module, calls: LinearCalls, kernels: Kernels | None) -> list[Callable[[], None]]:
+    """Replace the forward of every layer that stands in a stack; return how to undo each."""
+    undo: list[Callable[[], None]] = []
+    if kernels is None:
+        return undo
+    for layers in _chains(module, calls):
+        kernel = kernels.decoder([parts_of(layer.forward) for layer in layers])  # type: ignore[misc, arg-type]
+        if kernel is not None:
+            undo += _replace(layers, LayerStack(kernel, layers))
+    return undo
+
+
+def _replace(layers: Sequence[nn.Module], stack: LayerStack) -> list[Callable[[], None]]:
+    layers[0].stack = stack  # type: ignore[assignment]
+    shared, undo = Shared(stack), [lambda: delattr(layers[0], "stack")]
+    for index, layer in enumerate(layers):
+        fused = layer.forward
+        assert isinstance(fused, FusedLayer)
+        kind = FirstLayer if index == 0 else LaterLayer
+        layer.forward = kind(shared, fused, is_last=index == len(layers) - 1)  # type: ignore[method-assign]
+        undo.append(lambda layer=layer, fused=fused: setattr(layer, "forward", fused))  # type: ignore[misc]
+    return undo
+
+
+def _chains(module: nn.Module, calls: LinearCalls) -> list[list[nn.Module]]:
+    """Return the layers that can run together, in the order of the recording forward."""
+    chains: list[list[nn.Module]] = []
+    before: BlockCall | None = None
+    for path, found in calls.blocks.items():
+        layer = module.get_submodule(path)
+        if parts_of(layer.forward) is None:
+            continue
+        (call,) = found
+        follows = before is not None and call.args[0] is before.output and _angles(call) is _angles(before)
+        if not follows:
+            chains.append([])
+        chains[-1].append(layer)
+        before = call
+    return chains
+
+
+def _angles(call: BlockCall) -> Any:
+    return call.kwargs.get(ANGLES)
+
+
+def parts_of(layer: Callable[..., Any]) -> LayerParts | None:
+    """Return a fused layer by its kernels; None where one of its parts has none, or it is no fused layer."""
+    if not isinstance(layer, FusedLayer):
+        return None
+    attention, mlp = layer.attention.forward, layer.mlp.forward
+    if not isinstance(attention, FusedAttention) or not isinstance(mlp, FusedMLP) or mlp.gate_kernel is None:
+        return None
+    if attention.parts.rotate.interleaved or attention.rotated != attention.parts.dim:
+        return None
+    if ANGLES not in layer.usual or MASK not in layer.usual:
+        return None
+    by_head: tuple[Norm | None, Norm | None] = attention.parts.norms or (None, None)
+    q_norm, k_norm = (None if norm is None else norm.kernel for norm in by_head)
+    qkv, gate_up = (_all(parts) for parts in (attention.parts.linears, mlp.first))
+    output, down = kernels_of(attention.parts.output_linear), kernels_of(mlp.down)
+    before, between = layer.before.kernel, layer.after.kernel
+    if not qkv or not gate_up or not output or not down or before is None or between is None:
+        return None
+    if attention.parts.norms is not None and (q_norm is None or k_norm is None):
+        return None
+    return LayerParts(
+        attention_norm=before,
+        qkv=qkv,
+        heads=attention.heads,
+        kv_heads=attention.kv_heads,
+        head_dim=attention.parts.dim,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        layer=attention.layer,
+        args=attention.args,
+        output=output[0],
+        mlp_norm=between,
+        gate_up=gate_up,
+        gate=mlp.gate_kernel,
+        down=down[0],
+    )
+
+
+def _all(linears: Sequence[nn.Module]) -> list[Callable[[Tensor], Tensor]]:
+    """Return every linear's kernel; [] if one has none."""
+    found = [kernels_of(linear) for linear in linears]
+    return [kernel for kernels in found for kernel in kernels] if all(found) else []
+
+
+class Shared:
+    """What the layers of a stack know of a forward."""
+
+    def __init__(self, stack: LayerStack) -> None:
+        self.stack = stack
+        self.out: Tensor | None = None  # of all layers, until the last one was called; None: they run one by one
+        self.angles: Any = None
+
+    def run(self, hidden_states: Tensor, angles: Any, attention: FusedAttention) -> Tensor | None:
+        """Return what all layers make of hidden_states [1, tokens, hidden]; None if they have to run one by one."""
+        batch = attention.binding.batch
+        if batch is None or self.stack.is_hooked or hidden_states.shape[0] != 1:
+            return None
+        x = hidden_states[0].clone()  # the model may still want what it handed over
+        cos, sin = (angle[0].contiguous() for angle in angles)
+        if not self.stack.run(x, (cos, sin), batch.attention):
+            return None
+        self.angles = angles
+        return x.unsqueeze(0)
+
+
+class StackedLayer:
+    """The forward of one layer of a stack."""
+
+    def __init__(self, shared: Shared, fused: FusedLayer, is_last: bool) -> None:
+        self.shared, self.fused, self.is_last = shared, fused, is_last
+        attention = fused.attention.forward
+        assert isinstance(attention, FusedAttention)
+        self.attention = attention
+
+    def _is_usual(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """True if the call says what the recorded one said."""
+        return (
+            not args
+            and kwargs.keys() == self.fused.usual
+            and kwargs[MASK] is self.attention.mask
+            and kwargs.get("past_key_values") is None
+            and not self.attention.binding.recording
+        )
+
+
+class FirstLayer(StackedLayer):
+    """Runs all layers of its stack."""
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        shared = self.shared
+        shared.out = None
+        if self._is_usual(args, kwargs):
+            shared.out = shared.run(hidden_states, kwargs[ANGLES], self.attention)
+        out = self.fused(hidden_states, *args, **kwargs) if shared.out is None else shared.out
+        if self.is_last:
+            shared.out = None
+        return out
+
+
+class LaterLayer(StackedLayer):
+    """Hands on what the first layer has computed."""
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        shared = self.shared
+        if shared.out is None:
+            return self.fused(hidden_states, *args, **kwargs)
+        same = hidden_states is shared.out and self._is_usual(args, kwargs) and kwargs[ANGLES] is shared.angles
+        if not same:
+            raise CoreError(
+                f"{self.attention.binding.label(self.attention.block)} was called otherwise than when the model was "
+                "loaded, after the layers before it had run together. Start with --disable-patch layer-stack."
+            )
+        if self.is_last:
+            shared.out = None
+        return hidden_states

@@ -1,0 +1,82 @@
+"""layer-stack: the layers of transformers' module in one call, with the numbers of the layers one by one."""
+
+import pytest
+import torch
+
+from core import LLM, SamplingParams
+from core.errors import CoreError
+from core.layers import LayerStack
+from core.testing import tiny_checkpoint
+
+pytest.importorskip("core_cpu_kernels", reason="not installed where there is no C++ compiler")
+
+PROMPTS = [{"prompt_token_ids": ids} for ids in ([5], list(range(7, 26)), list(range(5, 65)))]
+LAYERS = {"llama": 4, "qwen3": 4, "mixtral": 0, "gemma3_text": 0}  # experts and four norms are no such layers
+
+
+@pytest.fixture(autouse=True)
+def every_linear_has_a_kernel(monkeypatch):
+    """Float32 weights too, as they lie."""
+    monkeypatch.setattr("core.layers.linear.can_pack", lambda weight: False)
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """The numbers of layers that ran in one call, call by call."""
+    found, run = [], LayerStack.run
+
+    def noted(stack, *args):
+        done = run(stack, *args)
+        found.append(stack.count if done else 0)
+        return done
+
+    monkeypatch.setattr(LayerStack, "run", noted)
+    return found
+
+
+def open_llm(folder, **options):
+    return LLM(
+        model=str(folder), skip_tokenizer_init=True, model_impl="transformers", max_num_batched_tokens=32, **options
+    )
+
+
+def answers(llm):
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=1)
+    outputs = [out.outputs[0] for out in llm.generate(PROMPTS, params)]
+    pairs = [zip(output.token_ids, output.logprobs, strict=True) for output in outputs]
+    return [[(token, row[token].logprob) for token, row in pair] for pair in pairs]
+
+
+@pytest.mark.parametrize("model_type", LAYERS)
+def test_layers_together_give_the_numbers_of_layers_one_by_one(model_type, together, tmp_path):
+    folder = tiny_checkpoint(model_type, tmp_path)
+    with open_llm(folder) as llm:
+        found = answers(llm)
+    assert set(together) == ({LAYERS[model_type]} if LAYERS[model_type] else set())
+    with open_llm(folder, disable_patches=("layer-stack",)) as llm:
+        assert answers(llm) == found
+
+
+@pytest.fixture
+def llama(tmp_path):
+    with open_llm(tiny_checkpoint("llama", tmp_path)) as llm:
+        yield llm
+
+
+def test_layers_that_are_looked_at_run_one_by_one(llama, together):
+    wanted, layers = answers(llama), llama._engine.runner.model.module.model.layers
+    llama.reset_prefix_cache()
+    together.clear()
+    seen = []
+    handle = layers[1].register_forward_hook(lambda layer, args, out: seen.append(torch.equal(args[0], out)))
+    assert answers(llama) == wanted
+    assert seen and not any(seen) and not together
+    handle.remove()
+
+
+def test_a_layer_that_is_called_otherwise_is_an_error_that_names_the_patch(llama, monkeypatch):
+    layer = llama._engine.runner.model.module.model.layers[1]
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda hidden, **kwargs: forward(hidden + 1, **kwargs))
+    with pytest.raises(CoreError, match=r"Layer model.layers.1.self_attn of LlamaForCausalLM .* layer-stack"):
+        answers(llama)
