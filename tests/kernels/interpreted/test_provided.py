@@ -166,7 +166,7 @@ WITH_EXPERTS = ("merged-linears", "rms-norm", "grouped-experts", "attention-bloc
 @pytest.mark.parametrize(
     ("model_type", "dtype", "patches"),
     [
-        ("mixtral", "float32", WITH_EXPERTS),
+        pytest.param("mixtral", "float32", WITH_EXPERTS, marks=pytest.mark.slow),
         pytest.param("llama", "bfloat16", BLOCKS, marks=pytest.mark.slow),
         pytest.param("gemma2", "bfloat16", BLOCKS[:-1], marks=pytest.mark.slow),  # 1 + w, rounded once
         pytest.param("qwen3", "float16", BLOCKS, marks=pytest.mark.slow),  # norms by head
