@@ -368,6 +368,7 @@ class Kernels(Protocol):
     """
 
     name: str  # shown at start, e.g. "cpu_kernels (avx512)"
+    takes_float32: bool  # its `linear` beats the layouts that torch has for float32; kernels that do not say: False
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> LinearKernel | None:
         """Return the function x [..., in] -> [..., out] for a weight [out, in]; None if there is none for its packing.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +29,8 @@ class LLM:
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
         config = EngineConfig.from_options(model=None if model is None else str(model), **options)
+        if config.max_mixed_prefill_tokens is None:  # nobody waits for the next piece of a text: all at full speed
+            config = replace(config, max_mixed_prefill_tokens=config.max_num_batched_tokens)
         self._engine = build_engine(config)
         self._numbers = itertools.count()
         self._closed = False

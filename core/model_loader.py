@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,35 @@ if TYPE_CHECKING:
 logger = logging.getLogger("core_serve.model")
 
 
+class Stopwatch:
+    """Adds up what the seconds of building a model go to; a measurement inside of another one counts alone."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = 0.0
+        self._running: list[str] = []
+
+    @contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        """Count the time inside as spent on `what`."""
+        self._turn()
+        self._running.append(what)
+        try:
+            yield
+        finally:
+            self._turn()
+            self._running.pop()
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        if self._running:
+            self.seconds[self._running[-1]] = self.seconds.get(self._running[-1], 0.0) + now - self._since
+        self._since = now
+
+    def __str__(self) -> str:
+        return ", ".join(f"{what} {seconds:.2f} s" for what, seconds in self.seconds.items())
+
+
 @dataclass(frozen=True)
 class BuildContext:
     """Given to `bid.build(checkpoint, context)`."""
@@ -29,6 +60,7 @@ class BuildContext:
     quant_method: QuantMethod | None = None
     kernels: Kernels | None = None  # for the device; None: everything is computed with torch
     shared: dict[str, Any] = field(default_factory=dict)  # between bids of one plugin: a module loaded once
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)  # builders may say what their time goes to
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class ProbedBid:
     refusal: str | None  # None: it serves
     patches: tuple[str, ...]
     seconds: float  # the first of a plugin's bids may load what the others share
+    parts: dict[str, float]  # what of that went to what, as far as the builder says
 
 
 def probe_model(config: EngineConfig, host: PluginHost) -> list[ProbedBid]:
@@ -40,10 +41,11 @@ def probe_model(config: EngineConfig, host: PluginHost) -> list[ProbedBid]:
 def _noting(bid: Bid[Model], found: list[ProbedBid]) -> Callable[[Checkpoint, BuildContext], Model | Refusal]:
     def build(checkpoint: Checkpoint, context: BuildContext) -> Model | Refusal:
         start = time.monotonic()
+        context.stopwatch.seconds.clear()
         built = bid.build(checkpoint, context)
         refusal = built.reason if isinstance(built, Refusal) else None
         patches = () if isinstance(built, Refusal) else built.features.patches
-        found.append(ProbedBid(bid.name, refusal, patches, time.monotonic() - start))
+        found.append(ProbedBid(bid.name, refusal, patches, time.monotonic() - start, dict(context.stopwatch.seconds)))
         return built
 
     return build

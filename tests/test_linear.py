@@ -78,6 +78,22 @@ def test_kernels_are_asked_first_and_float32_goes_on_as_it_did():
     torch.testing.assert_close(model[0](torch.ones(1, 24)), wanted)
 
 
+@needs_onednn
+def test_kernels_that_are_the_faster_way_take_float32_as_it_lies():
+    class All(HalvesAndCodes):
+        takes_float32 = True
+
+        def linear(self, weight, bias):
+            return None if weight.shape[0] == 8 else lambda x: nn.functional.linear(x, weight, bias) + 1
+
+    model, x = made(), torch.randn(3, 24)
+    weight, wanted = model[0].weight.data_ptr(), model[0](x) + 1
+    pack_linears(model, kinds=(nn.Linear,), kernels=All())
+    assert [type(part) for part in model] == [KernelLinear, nn.ReLU, PackedLinear]  # what they decline is packed
+    assert model[0].weight.data_ptr() == weight
+    torch.testing.assert_close(model[0](x), wanted)
+
+
 def test_a_quantized_linear_without_kernels_stays_small_and_right():
     model, x = nn.Sequential(nn.Linear(24, 40)), torch.randn(3, 24)
     model[0].weight = nn.Parameter(affine(), requires_grad=False)

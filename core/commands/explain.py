@@ -54,7 +54,8 @@ def explain(host: PluginHost, /, as_json: bool, probe: bool, **given: Any) -> in
     for one in probed:
         outcome = "serves" if one.refusal is None else f"declined: {one.refusal}"
         patches = f"; patches: {', '.join(one.patches)}" if one.patches else ""
-        click.echo(f"{one.name}: {outcome}{patches} ({one.seconds:.1f} s)")
+        parts = "".join(f", {what} {seconds:.1f}" for what, seconds in one.parts.items())
+        click.echo(f"{one.name}: {outcome}{patches} ({one.seconds:.1f} s{parts})")
     return _exit_code(probe, probed)
 
 

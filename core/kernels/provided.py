@@ -32,6 +32,7 @@ class TritonKernels:
     """A `core.contracts.Kernels` for CUDA and ROCm; for a CPU in Triton's interpreter."""
 
     name = "triton (interpreted)" if INTERPRETED else "triton"
+    takes_float32 = False
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
         if weight.dim() != 2 or 0 in weight.shape or not _is_here(weight):

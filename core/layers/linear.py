@@ -1,9 +1,9 @@
 """Linear layers, and what makes them fast once their weights are there: kernels, or a better layout.
 
-A linear whose weight a plugin's kernels can read as it is (quantized, or floats of two bytes) calls the kernel. For the
-others: plain F.linear wastes up to four times the time at 2 to 64 rows, where serving lives. oneDNN with a weight that
-is reordered once is near the memory bound there and no slower elsewhere, so float32 weights on a CPU are packed after
-loading; the reordered tensor takes the place of the plain one.
+A linear whose weight a plugin's kernels can read as it is calls the kernel: quantized, or floats of two bytes; of four
+where the kernels say that they are the faster way. For the others: plain F.linear wastes up to four times the time at 2
+to 64 rows, where serving lives. oneDNN with a weight that is reordered once is near the memory bound there and no
+slower elsewhere, so float32 weights on a CPU are packed after loading, each in the place of the plain one.
 """
 
 from __future__ import annotations
@@ -248,9 +248,11 @@ def pack(layer: nn.Module, kernels: Kernels | None = None) -> nn.Module:
     if not isinstance(weight, QuantizedTensor) and type(weight) not in (Tensor, nn.Parameter):
         return layer  # another library's kind of tensor (torchao's), which multiplies in its own way
     asked = weight.parts["values"] if isinstance(weight, HalfTensor) else weight  # kernels know halves as plain tensors
-    if can_pack(weight):
+    onednn = can_pack(weight)
+    ask = kernels is not None and weight.dim() == 2 and (not onednn or getattr(kernels, "takes_float32", False))
+    kernel = kernels.linear(asked, bias) if kernels is not None and ask else None
+    if kernel is None and onednn:
         return PackedLinear(weight, bias)
-    kernel = None if kernels is None or weight.dim() != 2 else kernels.linear(asked, bias)
     if isinstance(weight, QuantizedTensor):
         return QuantizedLinear(weight, bias, kernel) if weight.dim() == 2 else layer
     return layer if kernel is None else KernelLinear(weight, bias, kernel)

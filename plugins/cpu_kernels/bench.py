@@ -127,6 +127,7 @@ def candidates(out: int, size: int, kernels: CpuKernels) -> dict[str, tuple[floa
         "oneDNN packed": (4 * floats, lambda: PackedLinear(torch.randn(out, size), None)),
         "torch int8pack, bf16": (floats, int8pack),
         "torch int4pack, bf16": (floats / 2 + grouped, int4pack),
+        "float32": (4 * floats, ours(lambda: torch.randn(out, size))),
         "half": (2 * floats, ours(lambda: torch.randn(out, size).half())),
         "bfloat16": (2 * floats, ours(lambda: torch.randn(out, size).bfloat16())),
         "affine8": (floats + grouped, ours(lambda: affine(8, out, size, group))),
@@ -139,7 +140,7 @@ def candidates(out: int, size: int, kernels: CpuKernels) -> dict[str, tuple[floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", action="append", help="OUTxIN")
-    parser.add_argument("--isa", default=None, help="avx512vnni, avx512, avx2 or plain")
+    parser.add_argument("--isa", default=None, help="amx, avx512vnni, avx512, avx2 or plain")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", action="append", help="names to measure")
     parser.add_argument("--rows", type=int, action="append")

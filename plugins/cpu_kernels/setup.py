@@ -1,8 +1,10 @@
 """Compile the kernels: a file for each instruction set, with that set's compiler flags. The rest is pyproject.toml."""
 
+import os
 import platform
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -10,7 +12,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
-FLAGS = ["-O2", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wall"]
+FLAGS = ["-O2", "-g0", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wall"]
 FLAGS += (
     ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi"] if sys.platform.startswith("linux") else []
 )  # GCC's own AVX-512 headers
@@ -19,7 +21,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 VNNI = [*AVX512, "-mavx512vnni"]
 AMX = [*VNNI, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 # Plain code comes first: of functions of the standard library that several files bring, the linker keeps the first.
-SOURCES = {"csrc/library.cpp": [], "csrc/plain.cpp": []}
+SOURCES = {"csrc/library.cpp": [], "csrc/tiled.cpp": [], "csrc/plain.cpp": []}
 ATTENTION = {"csrc/attention_library.cpp": [], "csrc/stack_library.cpp": [], "csrc/attention_plain.cpp": []}
 if X86:
     FLAGS.append("-DCORE_KERNELS_X86")
@@ -35,11 +37,14 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Compile each source by itself, since setuptools gives all sources of an extension the same flags."""
         tiles = "csrc/amx.cpp" in ext.sources and self.accepts(AMX)
-        for source in ext.sources:
-            if SOURCES[source] is AMX and not tiles:
-                continue
+        sources = [source for source in ext.sources if tiles or SOURCES[source] is not AMX]
+
+        def compiled(source: str) -> list[str]:
             flags = [*FLAGS, *SOURCES[source], *(["-DCORE_KERNELS_AMX"] if tiles else [])]
-            ext.extra_objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+            return self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ext.extra_objects += [made for found in pool.map(compiled, sources) for made in found]
         ext.sources = []
         super().build_extension(ext)
 

@@ -1,27 +1,52 @@
-// AVX-512 with VNNI, and tiles (AMX) where they are faster.
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
+// The kernels of machines that have AVX-512 with VNNI, and tiles (AMX) of bytes and of bfloat16.
 #include "simd_avx512.h"
+#include "amx_codes.h"
 #include "elementwise.h"
 #include "instruction_set.h"
 
 namespace core_kernels {
 extern const InstructionSet avx512_set, amx_set;
+
 const Packing* find_integer_amx(const Weight& weight);
 
 namespace {
-const Packing* find_floats(int32_t packing) { return avx512_set.find(packing); }
+
+template <class Format> const Packing* tiled_packing(int32_t packing_id) {
+    static const Tiled tiled = {TILED_ROWS<Format>, X_TERMS, cut_x_of<Format>, multiply_tiles<Format>};
+    static const Packing found = [&] {
+        Packing copy = *avx512_set.find(packing_id);
+        copy.tiled = &tiled;
+        return copy;
+    }();
+    return &found;
+}
+
+const Packing* find_tiled(int32_t packing_id) {
+    switch (packing_id) {
+        case AFFINE4: return tiled_packing<Words<4, false>>(packing_id);
+        case AFFINE8: return tiled_packing<Words<8, false>>(packing_id);
+        case TABLE4: return tiled_packing<Words<4, true>>(packing_id);
+        case HALF: return tiled_packing<Halves<false>>(packing_id);
+        case FLOATS: return tiled_packing<FloatSegments>(packing_id);
+        case BRAIN_HALF: return tiled_packing<Halves<true>>(packing_id);
+        case Q4_0: return tiled_packing<Nibbles<2, false>>(packing_id);
+        case Q4_1: return tiled_packing<Nibbles<4, false>>(packing_id);
+        case IQ4_NL: return tiled_packing<Nibbles<2, true>>(packing_id);
+        case Q5_0: return tiled_packing<Blocks<Q5<2>>>(packing_id);
+        case Q5_1: return tiled_packing<Blocks<Q5<4>>>(packing_id);
+        case Q8_0: return tiled_packing<Blocks<Q8>>(packing_id);
+        case Q2_K: return tiled_packing<Blocks<Q2K>>(packing_id);
+        case Q3_K: return tiled_packing<Blocks<Q3K>>(packing_id);
+        case Q4_K: return tiled_packing<Blocks<Q45K<false>>>(packing_id);
+        case Q5_K: return tiled_packing<Blocks<Q45K<true>>>(packing_id);
+        case Q6_K: return tiled_packing<Blocks<Q6K>>(packing_id);
+        case IQ4_XS: return tiled_packing<Blocks<IQ4XS>>(packing_id);
+    }
+    return avx512_set.find(packing_id);
+}
+
 }  // namespace
 
-constexpr InstructionSet amx_set = {"amx", find_floats, {rms_norm, gate, rotate}, find_integer_amx};
+constexpr InstructionSet amx_set = {"amx", find_tiled, {rms_norm, gate, rotate}, find_integer_amx};
 
-// And this process may use them: Linux has to be asked, since a thread then takes 8 KB more to save.
-bool machine_has_tiles() {
-    constexpr unsigned NEEDED = 1u << 22 | 1u << 24 | 1u << 25;  // bfloat16, tiles, int8
-    constexpr long ASK = 0x1023, TILES = 18;
-    unsigned a, b, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & NEEDED) == NEEDED && syscall(SYS_arch_prctl, ASK, TILES) == 0;
-}
 }  // namespace core_kernels

@@ -1,6 +1,6 @@
 // What the C ABI of attention and the code of each instruction set share. Knows no instruction set.
 //
-// The cache of a layer is [kv_heads, blocks], and of each block for one head the keys, then the values:
+// The cache of a layer is [blocks, kv_heads], and of each block for one head the keys, then the values:
 //   keys    [k_dim, block_size]   a vector of it holds one dimension of several keys
 //   values  [block_size, v_dim]   a vector of it holds several dimensions of one key
 // so that both products read it as it lies, and blocks that follow each other are one piece of memory. Behind it are
@@ -41,7 +41,7 @@ struct AttentionStep {
 
 // Where the keys and the values of a block lie for one head, in elements.
 inline int64_t keys_at(const AttentionLayer& layer, int64_t head, int64_t block) {
-    return (head * layer.num_blocks + block) * layer.block_size * (layer.k_dim + layer.v_dim);
+    return (block * layer.kv_heads + head) * layer.block_size * (layer.k_dim + layer.v_dim);
 }
 inline int64_t values_at(const AttentionLayer& layer, int64_t head, int64_t block) {
     return keys_at(layer, head, block) + layer.block_size * layer.k_dim;

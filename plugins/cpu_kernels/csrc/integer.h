@@ -71,6 +71,8 @@ struct NextRows {
     }
 };
 
+template <int BYTE> INLINE VI byte_of(VI words) { return mask(shift_right<8 * BYTE>(words), 255); }
+
 // Four neighbouring codes of 4 bits for each half of the bytes of a word.
 INLINE void store_nibbles(uint8_t* low, uint8_t* high, VI words) {
     store_codes(low, mask(words, 0x0f0f0f0f));

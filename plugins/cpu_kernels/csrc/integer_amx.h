@@ -10,7 +10,8 @@
 namespace core_kernels { namespace {
 
 constexpr int TILE_ROWS = 8;  // of x
-constexpr int64_t AMX_ROWS = 4;  // from which on tiles are worth it
+// Rows of x from which on tiles are worth it: each of their sums goes through memory.
+template <class Rows> constexpr int64_t AMX_ROWS = Rows::PIECE < 32 ? 10 : 4;
 constexpr int SUMS = 4, X_TILE = 4, WEIGHT_TILE = 5;  // numbers of registers; sums have 0 to 3
 
 struct alignas(64) TileShapes {
@@ -74,7 +75,7 @@ template <class Rows, int ROWS> struct AmxTile {
 };
 
 template <class Rows> void multiply_amx(const Plan& plan, const Call& call, int64_t first, int64_t last) {
-    if (call.rows < AMX_ROWS) return multiply_integer<Rows>(plan, call, first, last);
+    if (call.rows < AMX_ROWS<Rows>) return multiply_integer<Rows>(plan, call, first, last);
     int configured = 0;
     multiply_tiles<Rows, AmxTile, TILE_ROWS>(plan, call, first, last, [&](int rows) {
         if (rows == configured) return;

@@ -26,7 +26,6 @@ template <class Block, int SIZE, int COLUMNS_OF_BLOCK> struct BlockRows {
     }
 };
 
-template <int BYTE> INLINE VI byte_of(VI words) { return mask(shift_right<8 * BYTE>(words), 255); }
 template <int BYTE> INLINE VF signed_byte_of(VI words) { return to_float(shift_signed<24>(shift_left<24 - 8 * BYTE>(words))); }
 template <int BITS> INLINE VI bits_at_four(VI bytes, int bits) { return shift_left<4>(mask(shift_right<BITS>(bytes), bits * 0x01010101)); }
 

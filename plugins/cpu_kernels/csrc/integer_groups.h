@@ -16,11 +16,30 @@ template <int BITS, int PIECE_> struct AffineRows {
 
     explicit AffineRows(const Plan& plan) : weight(plan.weight), groups(weight.in / weight.group) {}
 
-    // Scales [first, last) of W rows, a vector for each group.
+    // Numbers of groups [g, g + count) of W rows, a vector for each group; at most W.
     void turn(const void* base, int32_t type, int64_t n, int64_t g, int64_t count, float* to) const {
-        float found[W * W];
+        const int64_t size = type == UINT8 ? 1 : type == FLOAT32 ? 4 : 2, stride = groups * size, bytes = (count * size + 15) / 16 * 16;
+        const uint8_t* at = static_cast<const uint8_t*>(base) + n * stride + g * size;
+        if (at + (W - 1) * stride + bytes > static_cast<const uint8_t*>(base) + weight.out * stride) return turn_last(base, type, n, g, count, to);
+        for (int64_t i = 0; i < count; i += 16 / size, at += 16) {
+            VI words[4];
+            load_turned(at, stride, words);
+            if (type == UINT8) turn_words<4>(words, count - i, to + i * W, [](VI word, auto j) { return to_float(byte_of<j>(word)); });
+            else if (type == FLOAT16) turn_words<2>(words, count - i, to + i * W, [](VI word, auto j) { return j ? high_halves(word) : low_halves(word); });
+            else if (type == BFLOAT16) turn_words<2>(words, count - i, to + i * W, [](VI word, auto j) { return as_floats(j ? mask(word, int(0xffff0000)) : shift_left<16>(word)); });
+            else turn_words<1>(words, count - i, to + i * W, [](VI word, auto) { return as_floats(word); });
+        }
+    }
+    // `count` numbers of four words that have EACH of them; number j of a word is get(word, j).
+    template <int EACH, class Get> static INLINE void turn_words(const VI* words, int64_t count, float* to, const Get& get) {
+        unrolled<4 * EACH>([&](auto i) {
+            if (i < count) store(to + i * W, get(words[i / EACH], std::integral_constant<int, i % EACH>{}));
+        });
+    }
+    // The same where whole words would reach beyond the last number.
+    void turn_last(const void* base, int32_t type, int64_t n, int64_t g, int64_t count, float* to) const {
+        float found[W * W], turned[W * W];
         for (int r = 0; r < W; r++) store(found + r * W, load_scales(base, (n + r) * groups + g, int(count), type));
-        float turned[W * W];
         transpose(found, turned, W);
         memcpy(to, turned, size_t(count) * W * sizeof(float));
     }

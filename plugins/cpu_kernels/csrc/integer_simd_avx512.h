@@ -17,6 +17,7 @@ inline VI dot(VI before, VI codes, const int8_t* four) {
 inline VI no_dots() { return _mm512_setzero_si512(); }
 inline VI set1_integer(int32_t v) { return _mm512_set1_epi32(v); }
 inline VI times_256(VI v) { return _mm512_slli_epi32(v, 8); }
+inline VF as_floats(VI bits) { return _mm512_castsi512_ps(bits); }
 inline VI plus(VI a, VI b) { return _mm512_add_epi32(a, b); }
 inline VI either(VI a, VI b) { return _mm512_or_si512(a, b); }
 inline VI flip(VI a, int bits) { return _mm512_xor_si512(a, _mm512_set1_epi32(bits)); }

@@ -3,7 +3,6 @@
 // There is no pool of threads here: work is handed to the OpenMP runtime that torch runs on, found by the caller and
 // passed in as two functions, so that both share one set of threads.
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -11,7 +10,8 @@
 #include "instruction_set.h"
 #include "ready.h"
 #include "scratch.h"
-#include "threads.h"
+#include "shares.h"
+#include "tiled.h"
 
 namespace core_kernels {
 
@@ -21,7 +21,6 @@ extern const InstructionSet avx2_set, avx512_set, avx512vnni_set;
 #endif
 #ifdef CORE_KERNELS_AMX
 extern const InstructionSet amx_set;
-bool machine_has_tiles();
 #endif
 
 namespace {
@@ -58,25 +57,6 @@ const InstructionSet* const all_sets[] = {
 };
 
 thread_local Scratch scratch;
-
-// Hands ranges of [0, total) to the threads of torch until none is left; `run(shared, first, last)` does one.
-struct Shares {
-    void (*run)(const void* shared, int64_t first, int64_t last);
-    const void* shared;
-    int64_t total, chunk;
-    std::atomic<int64_t> next;
-};
-
-void work(void* given) {
-    Shares& shares = *static_cast<Shares*>(given);
-    for (int64_t first = shares.next.fetch_add(shares.chunk); first < shares.total; first = shares.next.fetch_add(shares.chunk))
-        shares.run(shares.shared, first, std::min(first + shares.chunk, shares.total));
-}
-
-void share_out(Shares& shares, int threads) {
-    if (threads == 1 || shares.chunk >= shares.total) return shares.run(shares.shared, 0, shares.total);
-    on_threads(threads, work, &shares);
-}
 
 struct Job {
     const Ready* ready;
@@ -173,6 +153,8 @@ EXPORT void core_kernels_free(void* ready) { delete static_cast<Ready*>(ready); 
 // out[rows, out] = x[rows, in] @ weight.T + bias. Nonzero: out of memory.
 EXPORT int32_t core_kernels_linear(const void* given, const float* x, float* out, int64_t rows) {
     const Ready& ready = static_cast<const Ready*>(given)->of(rows);
+    const Tiled* tiled = ready.packing->tiled;
+    if (tiled && rows >= tiled->from_rows) return !multiply_tiled(*tiled, ready.plan, x, out, rows);
     const int64_t floats = rows * ready.plan.x_stride, sum_floats = rows == 1 ? ready.packing->sum_floats(ready.plan) : 0;
     float* memory = scratch.get(floats + sum_floats);
     if (!memory) return 1;

@@ -44,6 +44,9 @@ struct Products {
         for (int64_t i = 0; i < count; i++) found += (parts[i].floats() + 15) / 16 * 16;
         return found;
     }
+    bool tiled() const {
+        return std::any_of(parts, parts + count, [](const Product& one) { return one.tiled(); });
+    }
     // `out`: a buffer for each part, one behind the other
     void place(float* memory, float* out, int threads) {
         int64_t work = 0;
@@ -92,7 +95,10 @@ class StackRun {
     bool prepare(Scratch& scratch) {
         int64_t products = 0, qkv = 0, gates = 0, attended = 0, gated = 0;
         for (const LayerRun& run : runs) {
-            for (const Products* one : {&run.qkv, &run.output, &run.gate_up, &run.down}) products = std::max(products, one->floats());
+            for (const Products* one : {&run.qkv, &run.output, &run.gate_up, &run.down}) {
+                products = std::max(products, one->floats());
+                if (one->tiled()) unit = TILED_X_ROWS;
+            }
             qkv = std::max(qkv, run.qkv.outputs()), gates = std::max(gates, run.gate_up.outputs());
             attended = std::max(attended, run.output.parts[0].inputs()), gated = std::max(gated, run.inner);
         }
@@ -141,7 +147,7 @@ class StackRun {
     }
 
     void run(int64_t stage, int64_t chunk) {
-        const int64_t of = chunks(stage), first = call.tokens * chunk / of, last = call.tokens * (chunk + 1) / of;
+        const int64_t of = chunks(stage), first = row(chunk, of), last = row(chunk + 1, of);
         if (stage == count() - 1) return add(first, last);
         const LayerRun& run = runs[size_t(stage / OPERATIONS)];
         switch (stage % OPERATIONS) {
@@ -175,6 +181,7 @@ class StackRun {
     std::vector<std::unique_ptr<Job>> jobs;  // by shape
     float *memory = nullptr, *normed = nullptr, *made = nullptr, *wide = nullptr, *inner = nullptr;
     double before = 0;
+    int64_t unit = 1;  // rows that are not parted: those of a tile where a product uses tiles
 
     static double now() {
         timespec at;
@@ -223,8 +230,13 @@ class StackRun {
         return run.job->make(jobs.back()->scratch);
     }
 
+    // First row of a chunk of a row-wise part.
+    int64_t row(int64_t chunk, int64_t of) const { return std::min(call.tokens, units() * chunk / of * unit); }
+    int64_t units() const { return (call.tokens + unit - 1) / unit; }
+
     int64_t row_chunks(int64_t numbers) const {
-        const int64_t wanted = call.tokens * numbers / SMALL_NUMBERS, most = call.tokens / LEAST_ROWS;
+        const int64_t wanted = call.tokens * numbers / SMALL_NUMBERS;
+        const int64_t most = unit == 1 ? call.tokens / LEAST_ROWS : units() - (call.tokens % unit == 1);
         return std::max<int64_t>(1, std::min({wanted, most, int64_t(threads) * 4}));
     }
 

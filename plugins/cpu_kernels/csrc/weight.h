@@ -63,8 +63,8 @@ struct Packing {
     void (*multiply)(const Plan&, const Call&, int64_t first, int64_t last);  // rows [first, last) of the weight
     int64_t (*sum_floats)(const Plan&);
     int64_t most_rows = 0;  // of x, up to which it is worth it; 0: any number
+    const struct Tiled* tiled = nullptr;  // another way for many rows
 };
-
 
 // Numbers of packings; mirrored by core_cpu_kernels/kernels.py. GGML's are 100 + ggml_type.
 enum PackingId : int32_t {

@@ -178,6 +178,23 @@ def test_floats_are_multiplied_as_they_lie(kernels, size, dtype):
     assert_right(kernels, torch.randn(43, size, generator=torch.Generator().manual_seed(1)).to(dtype), [1, 4, 7, 65])
 
 
+@pytest.mark.parametrize("rows", [16, 300])
+def test_more_rows_and_columns_than_a_block_has(kernels, rows):
+    made = torch.Generator().manual_seed(2)
+    weights = [affine(4, 37, 5120, 64), affine(8, 37, 5120, 32, order=True), torch.randn(37, 5120, generator=made)]
+    for weight in [*weights, ggml("Q4_1", 37, 5120), ggml("Q8_0", 37, 5120), ggml("Q5_K", 37, 5120)]:
+        assert_right(kernels, weight, [rows], bias=torch.randn(37, generator=made))
+
+
+def test_rows_do_not_depend_on_those_beside_them(kernels):
+    """16 rows and 20: the same loops, and the same bits."""
+    x = torch.randn(20, 576, generator=torch.Generator().manual_seed(3))
+    for weight in (affine(4, 70, 576, 64), ggml("Q4_1", 70, 576), torch.randn(70, 576)):
+        linear = kernels.linear(weight, None)
+        both = [linear(x[torch.tensor(order)])[-1] for order in (range(20), [*range(19, -1, -1)][:19] + [19])]
+        assert torch.equal(*both)
+
+
 # ---- products of bytes: what is unusual about an x costs no more than the stated error, and stays where it is
 
 OUT, SIZE = 37, 768

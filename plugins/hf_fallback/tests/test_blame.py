@@ -4,6 +4,7 @@ import pytest
 from torch import nn
 
 from core import LLM
+from core.errors import CheckpointError
 from core.testing import tiny_checkpoint
 from core_hf_fallback import rows
 from core_hf_fallback.blame import is_ours
@@ -38,12 +39,13 @@ def test_a_mistake_on_the_rows_tier_is_raised(gpt2, monkeypatch):
         open_llm(gpt2, "transformers/rows")
 
 
-def test_what_transformers_own_code_raises_declines_the_tier(gpt2, monkeypatch):
+def test_a_module_that_fails_by_itself_is_an_error_in_its_own_words(gpt2, monkeypatch):
     import transformers.models.gpt2.modeling_gpt2 as modeling
 
     source = "def f(self, *_, **__): raise KeyError('in the model')"
     monkeypatch.setattr(modeling.GPT2Attention, "forward", code(modeling.__name__, source))
-    with pytest.raises(KeyError, match="in the model"):  # the plain module fails too, which is no tier's matter
+    # The plain module fails too, which is no tier's matter.
+    with pytest.raises(CheckpointError, match=r"GPT2LMHeadModel itself fails .* KeyError: 'in the model'"):
         open_llm(gpt2)
 
 

@@ -31,6 +31,31 @@ class OddForCausalLM(LlamaForCausalLM):
 """
 
 
+LATE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OddConfig(LlamaConfig):
+    model_type = "odd"
+
+
+class OddForCausalLM(LlamaForCausalLM):
+    config_class = OddConfig
+    {state}
+
+    def forward(self, input_ids=None, past_key_values=None, **others):
+        out = super().forward(input_ids=input_ids, past_key_values=past_key_values, **others)
+        before = past_key_values.get_seq_length() - input_ids.shape[1] if past_key_values is not None else 0
+        {change}
+        return out
+"""
+TOO_MANY = "out.logits = out.logits * (0.5 if before + input_ids.shape[1] > 20 else 1.0)"
+COUNTER = """self.seen = (self.seen if before else 0) + input_ids.shape[1]
+        out.logits = out.logits * (1 + self.seen % 5)"""
+HIDDEN_COUNTER = """self.hidden.seen = (self.hidden.seen if before else 0) + input_ids.shape[1]
+        out.logits = out.logits * (1 + self.hidden.seen % 5)"""
+
+
 @pytest.fixture
 def odd(tmp_path, monkeypatch):
     """A checkpoint whose class is in its own Python file; importing that leaves a marker."""
@@ -65,4 +90,30 @@ def test_with_the_flag_its_own_class_serves(odd):
 def test_a_broken_file_is_an_error_that_quotes_it(odd):
     (odd / "modeling_odd.py").write_text("import a_module_that_nobody_has\n")
     with pytest.raises(CheckpointError, match="a_module_that_nobody_has"):
+        LLM(model=str(odd), skip_tokenizer_init=True, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("state", "change"),
+    [("", TOO_MANY), ("seen = 0", COUNTER), ("", "out.logits = out.logits.clone()")],
+    ids=["another temperature past 20 tokens", "a number in the module", "nothing odd"],
+)
+def test_what_goes_by_a_count_of_tokens_is_found_and_served_right(odd, state, change):
+    (odd / "modeling_odd.py").write_text(LATE.format(state=state, change=change))
+    served_by = assert_matches_transformers(odd, "transformers", trust_remote_code=True)
+    assert served_by == (
+        "transformers/paged" if "clone" in change else "transformers/rows (texts of one length together)"
+    )
+
+
+def test_state_that_cannot_be_found_is_refused(odd):
+    state = "hidden = type('Hidden', (), {'seen': 0})()"
+    (odd / "modeling_odd.py").write_text(LATE.format(state=state, change=HIDDEN_COUNTER))
+    with pytest.raises(NoImplementation, match="transformers/cache: the module keeps state of a request where it is"):
+        LLM(model=str(odd), skip_tokenizer_init=True, trust_remote_code=True)
+
+
+def test_a_forward_that_always_fails_is_an_error_in_its_own_words(odd):
+    (odd / "modeling_odd.py").write_text(LATE.format(state="", change="raise TypeError('these words')"))
+    with pytest.raises(CheckpointError, match=r"OddForCausalLM itself fails on .* tokens: TypeError: these words"):
         LLM(model=str(odd), skip_tokenizer_init=True, trust_remote_code=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,18 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from core.contracts import Checkpoint, Model, Refusal
-from core.errors import CoreError
+from core.errors import CheckpointError, CoreError
 from core.layers import give_kernels, pack_linears, unpack_linears
 from core.model_loader import BuildContext
+from core_hf_fallback.alike import Alike, NotAlike, find_alike
 from core_hf_fallback.blame import is_ours
 from core_hf_fallback.cache import CacheModel, Stepper
-from core_hf_fallback.interface import bind, configs_of
+from core_hf_fallback.interface import bind, bindings_of, configs_of
 from core_hf_fallback.load import load_module
 from core_hf_fallback.module_state import ModuleState
 from core_hf_fallback.paged import NotPaged, PagedModel, logits_of
-from core_hf_fallback.patches.calls import linear_calls
+from core_hf_fallback.patches.calls import LinearCalls, linear_calls
 from core_hf_fallback.patches.patcher import Patcher
-from core_hf_fallback.probe import Probe, rows_difference, run_rows
+from core_hf_fallback.probe import LONG, SHORT, Probe, layout_for, rows_difference, run_rows
 from core_hf_fallback.ropes import Ropes
 from core_hf_fallback.rows import RowsModel
 from core_hf_fallback.state import CannotBatch
@@ -45,21 +46,47 @@ class Loaded:
         self.own_attention = {id(config): config._attn_implementation for config in configs_of(module)}
         self.counts_tokens = False  # it takes positions from a count of tokens, which padding would falsify
         self.embedding_size = embedding_size(module)
+        self.layout = layout_for(module, max_len)
+        self.alike = find_alike(module, configs_of(module)) if not self.ropes else None
+
+    @cached_property
+    def probe(self) -> Probe:
+        """What the module itself gives, with all its layers."""
         found: list[Probe] = []
         # Some models keep state in their modules; it is put back, so that no tier finds the probe's.
-        ModuleState(module).learn(lambda: found.append(self._plain_probe()))
-        self.probe = found[0]
+        ModuleState(self.module).learn(lambda: found.append(self._plain_probe()))
+        return found[0]
+
+    def probe_of_few(self, alike: Alike) -> Probe:
+        """What the module gives with one layer of each kind. Raises NotAlike if that cannot be asked."""
+        found: list[Probe] = []
+        state = ModuleState(self.module)
+        with alike.others_let_through(self.module):
+            state.learn(lambda: found.append(self._plain_probe()))
+        if state.places:
+            raise NotAlike("it keeps state in its modules")
+        return found[0]
 
     def _plain_probe(self) -> Probe:
+        """Raises CheckpointError with the model's own words if it fails on a text alone."""
+        if self.layout is SHORT:
+            try:
+                return self._probe_of(input_embedding(self.module), together=True)
+            except Exception as error:  # remote code may take no more than one text at a time
+                if is_ours(error, self.module):
+                    raise
         try:
-            return Probe.of(self.plain_logits, self.embedding_size, input_embedding(self.module))
-        except Exception as error:  # remote code may take no more than one text at a time
+            return self._probe_of(input_embedding(self.module) if self.layout is LONG else None, together=False)
+        except Exception as error:
             if is_ours(error, self.module):
                 raise
-            return Probe.of(self._plain_one_by_one, self.embedding_size, None)
+            raise CheckpointError(
+                f"{type(self.module).__name__} itself fails on {self.layout.longest} tokens: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
-    def _plain_one_by_one(self, ids: Tensor) -> Tensor:
-        return torch.cat([self.plain_logits(text[None]) for text in ids])
+    def _probe_of(self, embedding: nn.Module | None, together: bool) -> Probe:
+        return Probe.of(self.layout, self.plain_logits, self.embedding_size, embedding, together)
 
     @cached_property
     def movement(self) -> float:
@@ -91,11 +118,21 @@ class Loaded:
 
 def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Model | Refusal:
     """Build one tier, or refuse with what the probe found."""
+    with context.stopwatch.on("probing"):
+        built = _build_tier(tier, checkpoint, context)
+    if not isinstance(built, Refusal):
+        logger.info("probed %s: right (%s)", built.impl_name, context.stopwatch)
+    return built
+
+
+def _build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Model | Refusal:
     max_len = context.options.max_model_len or checkpoint.spec.max_context or DEFAULT_MAX_LEN
     loaded = context.shared.get(SHARED)
     if loaded is None:
         warn_if_untested()
-        loaded = context.shared[SHARED] = Loaded(load_module(checkpoint, context), max_len)
+        with context.stopwatch.on("loading"):
+            module = load_module(checkpoint, context)
+        loaded = context.shared[SHARED] = Loaded(module, max_len)
     if tier != "cache" and loaded.ropes.unknown is not None:
         return Refusal(f"{loaded.ropes.unknown} rotates by the length of the longest text in the batch")
     if tier != "cache" and loaded.ropes.forgets_after is not None:
@@ -107,23 +144,30 @@ def build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Mode
         return Refusal(f"it computes a text anew when it grows past {loaded.ropes.restart_after} tokens")
     if tier == "rows":
         return _rows(loaded, context, max_len)
-    return CacheModel(Stepper(loaded.module, max_len), loaded.vocab_size)
+    mixed = _mixed(loaded, context, max_len)
+    return CacheModel(Stepper(loaded.module, max_len), loaded.vocab_size) if mixed is None else Refusal(mixed)
 
 
 def _paged(loaded: Loaded, context: BuildContext, forget_pages: Callable[[], None] | None) -> Model | Refusal:
     """`forget_pages` lets go of a mapped file's, where weights were copied to merge them."""
-    start = time.monotonic()
-    binding = bind(loaded.module)
+    if loaded.alike is not None:
+        few = _paged_by_few(loaded, loaded.alike, context)
+        if few is not None:
+            return few
+        loaded.restore_attention()
+    probe, binding = loaded.probe, bind(loaded.module)
     patcher: Patcher | None = None
     try:
         with linear_calls(loaded.module) as calls:
-            model = PagedModel(loaded.module, binding, loaded.ropes, *loaded.probe.beginning(context.device))
-        patcher = Patcher(loaded.module, calls, context.kernels, context.options.disable_patches)
+            model = PagedModel(loaded.module, binding, loaded.ropes, *probe.beginning(context.device))
+        patcher = _patcher(loaded, calls, context)
+        if forget_pages is not None:
+            forget_pages()  # what was read so far: merging reads some of it again, and copies that
 
         def check() -> str | None:
             if forget_pages is not None:
                 forget_pages()
-            return loaded.probe.difference(model, context.make_attention(), context.device)
+            return probe.difference(model, context.make_attention(), context.device)
 
         wrong = patcher.settle(check)
     except (NotPaged, CoreError) as reason:
@@ -138,15 +182,52 @@ def _paged(loaded: Loaded, context: BuildContext, forget_pages: Callable[[], Non
         if patcher is not None:
             patcher.undo()  # the next tier checks for itself what packing changes
         return Refusal(wrong or "nothing was probed")
+    return _finished(model, patcher)
+
+
+def _paged_by_few(loaded: Loaded, alike: Alike, context: BuildContext) -> Model | None:
+    """Probe the first layer of each kind and do to all what is right for these; None if anything at all is amiss."""
+    module = loaded.module
+    binding = bind(module)
+    patcher: Patcher | None = None
+    try:
+        probe = loaded.probe_of_few(alike)
+        with alike.others_let_through(module, lambda: len(binding.masks)), linear_calls(module) as calls:
+            model = PagedModel(module, binding, loaded.ropes, *probe.beginning(context.device))
+        patcher = _patcher(loaded, calls, context)
+
+        def check() -> str | None:
+            with alike.others_let_through(module):
+                return probe.difference(model, context.make_attention(), context.device)
+
+        wrong = patcher.settle(check)
+    except Exception as error:  # noqa: BLE001 - whatever it is, all layers are probed next, and that may raise
+        wrong = f"{type(error).__name__}: {error}"
+    if wrong is not None or patcher is None:
+        logger.info("probing all layers, since with one of each kind: %s", wrong)
+        if patcher is not None:
+            patcher.undo()
+        return None
+    binding.carry_over(alike)
+    patcher.carry_over(alike)
+    logger.info("probed %d of %d layers, to which the others are alike", len(set(alike.like)), len(alike.like))
+    return _finished(model, patcher)
+
+
+def _patcher(loaded: Loaded, calls: LinearCalls, context: BuildContext) -> Patcher:
+    return Patcher(loaded.module, calls, context.kernels, context.options.disable_patches, context.stopwatch)
+
+
+def _finished(model: PagedModel, patcher: Patcher) -> PagedModel:
     model.forget_recording()
     model.features = replace(model.features, patches=tuple(patcher.counts))
-    seconds = time.monotonic() - start
-    logger.info("probed transformers/paged in %.2f s: right; patches: %s", seconds, patcher.summary)
+    logger.info("patches: %s", patcher.summary)
     return model
 
 
 def _pack(module: nn.Module, called: set[nn.Module], context: BuildContext) -> None:
-    pack_linears(module, kinds=(nn.Linear,), only=called, kernels=context.kernels)
+    with context.stopwatch.on("packing"):
+        pack_linears(module, kinds=(nn.Linear,), only=called, kernels=context.kernels)
     give_kernels(module, context.kernels)
 
 
@@ -164,24 +245,22 @@ def calls_of(module: nn.Module, kind: type[nn.Module]) -> Iterator[set[nn.Module
 
 
 def _rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refusal:
-    start = time.monotonic()
     try:
-        built = _probed_rows(loaded, context, max_len)
+        return _probed_rows(loaded, context, max_len)
     except CannotBatch as reason:
         return Refusal(str(reason))
     except Exception as error:  # the model's code: whatever it raises on a batch declines this tier
         if is_ours(error, loaded.module):
             raise
         return Refusal(f"the module fails on several requests at once: {type(error).__name__}: {error}")
-    if not isinstance(built, Refusal):
-        logger.info("probed %s in %.2f s: right", built.impl_name, time.monotonic() - start)
-    return built
 
 
-def _run(model: CacheModel | RowsModel, vocab_size: int, device: torch.device) -> list[Tensor]:
+def _run(
+    model: CacheModel | RowsModel, loaded: Loaded, device: torch.device, only: str = "ABCD"
+) -> list[dict[str, Tensor]]:
     """Run the probe's steps and leave nothing of them in the modules, where the next tier would find it."""
     try:
-        return run_rows(model, vocab_size, device)
+        return run_rows(model, loaded.layout, loaded.embedding_size, device, only)
     finally:
         model.stepper.module_state.reset()
 
@@ -189,9 +268,12 @@ def _run(model: CacheModel | RowsModel, vocab_size: int, device: torch.device) -
 def _probed_rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model | Refusal:
     """Compare with one cache for each text: first with packed linears, then with plain ones if need be."""
     device = context.device
+    mixed = _mixed(loaded, context, max_len) if loaded.layout is LONG else None
+    if mixed is not None:
+        return Refusal(mixed)
     stepper = Stepper(loaded.module, max_len)
     with calls_of(loaded.module, nn.Linear) as called:
-        wanted = _run(CacheModel(stepper, loaded.vocab_size), loaded.embedding_size, device)
+        wanted = _run(CacheModel(stepper, loaded.vocab_size), loaded, device)
     wrong: str | None = None
     for packed in (True, False):
         if packed:
@@ -202,8 +284,10 @@ def _probed_rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model |
         for padding in (True, False) if not loaded.counts_tokens else (False,):
             try:
                 model = RowsModel(stepper, loaded.vocab_size, padding)
-                found = _run(model, loaded.embedding_size, device)
+                found = _run(model, loaded, device)
                 wrong = rows_difference(found, wanted, context.dtype, lambda: loaded.movement)
+                if wrong is not None:
+                    wrong = f"side by side, {wrong}"
                 if wrong is not None and not padding:
                     wrong += ": texts of one length, without padding, are not kept apart in the module's own batch"
             except CannotBatch as reason:
@@ -212,6 +296,22 @@ def _probed_rows(loaded: Loaded, context: BuildContext, max_len: int) -> Model |
                 model.strict = False
                 return model
     return Refusal(str(wrong))
+
+
+def _mixed(loaded: Loaded, context: BuildContext, max_len: int) -> str | None:
+    """Do requests in turn, each with a cache of its own, get what each gets from a copy of the module that is its own?
+
+    They do not where a module keeps state in a place that is not found. Returns what is wrong, None if nothing is.
+    """
+    together = _run(CacheModel(Stepper(loaded.module, max_len), loaded.vocab_size), loaded, context.device)
+    kept = [*loaded.module.parameters(), *bindings_of(loaded.module)]  # not copied
+    for name in "ABCD" if loaded.layout is LONG else "AD":
+        own = Stepper(copy.deepcopy(loaded.module, {id(one): one for one in kept}), max_len)
+        alone = _run(CacheModel(own, loaded.vocab_size), loaded, context.device, only=name)
+        wrong = rows_difference(alone, together, context.dtype, lambda: loaded.movement)
+        if wrong is not None:
+            return f"the module keeps state of a request where it is not found: beside others, {wrong}"
+    return None
 
 
 def input_embedding(module: nn.Module) -> nn.Module | None:

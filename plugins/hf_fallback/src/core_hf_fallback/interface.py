@@ -19,6 +19,7 @@ from core.batch import Batch
 from core.contracts import AttentionArgs, KVSpec
 from core.errors import UnsupportedAttention
 from core.reach import Reach
+from core_hf_fallback.alike import Alike
 from core_hf_fallback.masks import Mask, MaskFunction, read_mask
 from core_hf_fallback.taint import CountedTokens
 
@@ -112,6 +113,14 @@ class Binding:
             self.recorded.clear()
             self.masks.clear()
 
+    def carry_over(self, alike: Alike) -> None:
+        """Add the layers that were let through in the recording forward, like those that ran."""
+        for (name, occurrence), layer in list(self.layers.items()):
+            for path in alike.translated(name):
+                self.layers[path, occurrence] = len(self.specs)
+                self.specs.append(replace(self.specs[layer], name=path))
+                self.recorded.append(self.recorded[layer])
+
     @contextmanager
     def noting_problems(self) -> Iterator[None]:
         """While recording, go on after a refusal, so that one forward finds all there is to know of a model."""
@@ -189,6 +198,12 @@ def bind(model: nn.Module) -> Binding:
     for config in configs_of(model):
         setattr(config, ATTRIBUTE, binding)
     return binding
+
+
+def bindings_of(model: nn.Module) -> list[Binding]:
+    """Return what `bind` hung onto the modules, if it was called."""
+    found = {id(one): one for module in model.modules() if (one := getattr(module, ATTRIBUTE, None)) is not None}
+    return list(found.values())
 
 
 def configs_of(model: nn.Module) -> Sequence[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from core.contracts import Checkpoint, QuantMethod
-from core.errors import CheckpointError
+from core.errors import CheckpointError, CoreError
 from core.model_loader import BuildContext
 from core.quant_weights import by_transformers, says_nothing
 from core.spec import ModelSpec
@@ -31,7 +31,9 @@ def load_module(checkpoint: Checkpoint, context: BuildContext) -> nn.Module:
             is_read = context.quant_method is not None or checkpoint.spec.format != "hf"
             tensors = reader.submit(_read, checkpoint, context) if is_read else None
             model, info = _from_pretrained(checkpoint, context, tensors)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
+    except CoreError:
+        raise
+    except Exception as error:  # transformers, the checkpoint's own code, a damaged file: anything may be raised
         raise CheckpointError(
             f"transformers cannot load {checkpoint.spec.path}: {type(error).__name__}: {error}"
         ) from error

@@ -9,15 +9,19 @@ The plain module runs both texts once, in one batch. A forward reads all weights
 rounding alone moves its logits is found out only where a difference is in doubt.
 
 Rows, against one cache for each request: requests join a decoding group (a longer, a shorter and an equally long text),
-pause and leave.
+pause and leave. One cache for each request is compared with a copy of the module that sees that request alone.
+
+Models do other things past some number of tokens: a window, a chunk, a temperature, another rope. Where tokens cost
+little (`LONG`), A has 62 of them, so that more of this is seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -32,18 +36,60 @@ from core.sampling_params import SamplingParams
 from core_hf_fallback.paged import PagedModel
 
 BLOCK = 4
-LENGTHS = {"A": 12, "B": 6}
 TEXTS = {"A": "A", "B": "B", "C": "A", "M": "A"}  # what each request says; M shows how rounding moves logits
-BLOCKS = {"A": (5, 2, 9), "B": (1, 7), "C": (5, 2, 3), "M": (10, 11, 12)}
-FIRST = (("A", 0, 11),)  # 11 tokens: no size of a model is likely to be that (see taint.py)
-SECOND = (("A", 11, 12), ("B", 0, 6), ("C", 8, 12))
-ROW_LENGTHS = {"A": 11, "B": 3, "C": 10, "D": 14}
-ROW_PROMPTS = {"A": 7, "B": 2, "C": 7, "D": 12}  # before the fifth step A and C are equally long
 ROW_STEPS = ("AB", "ABC", "AC", "CD", "ACD", "AD")  # who runs; the first time is the whole prompt
+Step = tuple[tuple[str, int, int], ...]  # request, its first token and the one after its last
 Forward = Callable[[Tensor], Tensor]  # ids [texts, tokens] -> logits [texts, tokens, vocab]
-
-
 Movement = Callable[[], float]  # how far logits move when embeddings move by a bit, in their spread
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How long the probe's texts are."""
+
+    longest: int  # tokens of A; one more than a number that is likely no size of a model (see taint.py)
+    prompts: Mapping[str, int]  # of rows, in tokens; A and C alike, so that they are equally long before the fifth step
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        return {"A": self.longest, "B": 6}
+
+    @property
+    def shared(self) -> int:
+        """Tokens of the blocks of A that C shares."""
+        return (self.longest - 1) // BLOCK * BLOCK
+
+    @property
+    def first(self) -> Step:
+        return (("A", 0, self.longest - 1),)
+
+    @property
+    def second(self) -> Step:
+        return (("A", self.longest - 1, self.longest), ("B", 0, 6), ("C", self.shared, self.longest))
+
+    @property
+    def blocks(self) -> dict[str, list[int]]:
+        """Blocks of each request, out of order."""
+        count = -(-self.longest // BLOCK)
+        own = [*range(1, count, 2), *range(0, count, 2)]
+        free = iter(range(count, self.num_blocks))
+        found = {"A": own, "B": [next(free), next(free)][::-1], "C": [*own[:-1], next(free)]}
+        return found | {"M": list(islice(free, count))}
+
+    @property
+    def num_blocks(self) -> int:
+        return 2 * -(-self.longest // BLOCK) + 4
+
+
+SHORT = Layout(12, {"A": 7, "B": 2, "C": 7, "D": 12})
+LONG = Layout(62, {"A": 33, "B": 2, "C": 33, "D": 50})
+CHEAP = 50_000_000  # weights of a model that runs LONG in a moment
+
+
+def layout_for(module: nn.Module, max_len: int) -> Layout:
+    """Return how long texts are to be for a module that serves up to `max_len` tokens."""
+    weights = sum(weight.numel() for weight in module.parameters())
+    return LONG if weights <= CHEAP and max_len > LONG.longest else SHORT
 
 
 def allows(worst: float, dtype: torch.dtype, movement: Movement) -> bool:
@@ -57,27 +103,34 @@ def allows(worst: float, dtype: torch.dtype, movement: Movement) -> bool:
 class Probe:
     """The tokens to run and the logits that the plain module gives for them."""
 
+    layout: Layout
     ids: dict[str, list[int]]
     wanted: dict[str, Tensor]  # [tokens, vocab] float32
     embedding: nn.Module | None  # None: nothing is known of how rounding moves logits
 
     @classmethod
-    def of(cls, plain: Forward, vocab_size: int, embedding: nn.Module | None) -> Probe:
+    def of(
+        cls, layout: Layout, plain: Forward, vocab_size: int, embedding: nn.Module | None, together: bool = True
+    ) -> Probe:
         """Draw tokens and ask the plain module.
 
-        All texts have as many tokens as the longest; what comes after a text does not change it in a causal model.
+        Texts that run together all have as many tokens as the longest; what comes after a text does not change it in
+        most causal models.
         """
         generator = torch.Generator().manual_seed(0)
-        low, longest = min(3, vocab_size - 1), max(LENGTHS.values())  # past padding, begin and end of text
-        drawn = torch.randint(low, vocab_size, (len(LENGTHS), longest), generator=generator)
+        low = min(3, vocab_size - 1)  # past padding, begin and end of text
+        drawn = torch.randint(low, vocab_size, (len(layout.lengths), layout.longest), generator=generator)
+        ids = {name: drawn[row, :count].tolist() for row, (name, count) in enumerate(layout.lengths.items())}
         with torch.inference_mode():
-            logits = plain(drawn).float()
-        if bool(logits.isnan().any()):
+            if together:
+                logits: Sequence[Tensor] = list(plain(drawn))
+            else:
+                logits = [plain(torch.tensor([text]))[0] for text in ids.values()]
+        if any(bool(rows.isnan().any()) for rows in logits):
             raise CheckpointError("The model's own module puts out NaN: some of its weights are not finite numbers.")
-        ids = {name: drawn[row, :count].tolist() for row, (name, count) in enumerate(LENGTHS.items())}
         # Copies: of a large vocabulary the whole batch is 40 MB.
-        wanted = {name: logits[row][:count].clone() for row, (name, count) in enumerate(LENGTHS.items())}
-        return cls(ids, wanted, embedding)
+        wanted = {name: rows[: len(ids[name])].float().clone() for name, rows in zip(ids, logits, strict=True)}
+        return cls(layout, ids, wanted, embedding)
 
     def plain_movement(self, plain: Forward) -> float:
         """Run one text twice in a batch, once with embeddings moved."""
@@ -89,16 +142,16 @@ class Probe:
 
     def beginning(self, device: torch.device) -> tuple[Tensor, int]:
         """The tokens of the first step [tokens], and how long their text is."""
-        ((name, start, end),) = FIRST
-        return torch.tensor(self.ids[name][start:end], device=device), LENGTHS[name]
+        ((name, start, end),) = self.layout.first
+        return torch.tensor(self.ids[name][start:end], device=device), self.layout.longest
 
     def difference(self, model: PagedModel, attention: AttentionBackend, device: torch.device) -> str | None:
         """Run the tier; return what is wrong with it, None if it is right."""
         specs = model.kv_specs()
-        attention.allocate(specs, num_blocks=[16] * len(specs), block_size=BLOCK)
+        attention.allocate(specs, num_blocks=[self.layout.num_blocks] * len(specs), block_size=BLOCK)
         requests = self._requests()
         movement = cache(lambda: self._movement(Runner(model, attention, BLOCK, device), requests["M"]))
-        for number, (step, runs) in enumerate(((FIRST, Replay(model)), (SECOND, model)), 1):
+        for number, (step, runs) in enumerate(((self.layout.first, Replay(model)), (self.layout.second, model)), 1):
             entries = [ScheduledTokens(requests[name], start, end - start) for name, start, end in step]
             rows = Runner(runs, attention, BLOCK, device).run(entries, set(range(len(entries)))).prompt_rows
             for index, (name, start, end) in enumerate(step):
@@ -123,10 +176,10 @@ class Probe:
     def _requests(self) -> dict[str, Request]:
         params = SamplingParams(max_tokens=1)
         made = {}
-        for name, blocks in BLOCKS.items():
+        for name, blocks in self.layout.blocks.items():
             ids = self.ids[TEXTS[name]]
             made[name] = Request(id=f"probe-{name}", prompt_ids=ids, params=params, max_tokens=1)
-            made[name].block_ids = list(blocks)
+            made[name].block_ids = blocks
         return made
 
 
@@ -156,36 +209,42 @@ class Replay(Model):
         """It keeps nothing."""
 
 
-def run_rows(model: Model, vocab_size: int, device: torch.device) -> list[Tensor]:
-    """Run ROW_STEPS through a model that keeps its own state; return the logits [requests, vocab] of each step."""
-    tokens = {name: _tokens(name, count, vocab_size) for name, count in ROW_LENGTHS.items()}
+def run_rows(
+    model: Model, layout: Layout, vocab_size: int, device: torch.device, only: str = "ABCD"
+) -> list[dict[str, Tensor]]:
+    """Run ROW_STEPS through a model that keeps its own state; return the logits [vocab] of each step by request."""
     requests: dict[str, Request] = {}
     runner = Runner(model, None, BLOCK, device)
     found = []
-    for number, names in enumerate(ROW_STEPS, 1):
-        entries = [_next_tokens(name, requests, tokens[name]) for name in names]
-        found.append(runner.run(entries, set()).sampled_rows.cpu())
+    for number, everybody in enumerate(ROW_STEPS, 1):
+        names = [name for name in everybody if name in only]
+        entries = [_next_tokens(name, requests, layout, vocab_size) for name in names]
+        found.append(dict(zip(names, runner.run(entries, set()).sampled_rows.cpu(), strict=True)) if names else {})
         for name in set(names) - set("".join(ROW_STEPS[number:])):
             model.release(requests[name].id)
     return found
 
 
-def rows_difference(found: list[Tensor], wanted: list[Tensor], dtype: torch.dtype, movement: Movement) -> str | None:
+def rows_difference(
+    found: list[dict[str, Tensor]], wanted: list[dict[str, Tensor]], dtype: torch.dtype, movement: Movement
+) -> str | None:
     """Compare two runs of ROW_STEPS; return what is wrong with the first, None if it is right."""
-    for number, (names, ours, theirs) in enumerate(zip(ROW_STEPS, found, wanted, strict=True), 1):
-        for name, one, other in zip(names, ours, theirs, strict=True):
-            worst = _distance(one.float(), other.float())
+    for number, (ours, theirs) in enumerate(zip(found, wanted, strict=True), 1):
+        for name, one in ours.items():
+            worst = _distance(one.float(), theirs[name].float())
             if not allows(worst, dtype, movement):
-                return f"side by side, logits differ by {worst:.2g} of their spread (step {number}, request {name})"
+                return f"logits differ by {worst:.2g} of their spread (step {number}, request {name})"
     return None
 
 
-def _next_tokens(name: str, requests: dict[str, Request], tokens: list[int]) -> ScheduledTokens:
+def _next_tokens(name: str, requests: dict[str, Request], layout: Layout, vocab_size: int) -> ScheduledTokens:
     """Schedule a request's next token, or its whole prompt at first."""
+    count = layout.prompts[name]
+    tokens = _tokens(name, count + len(ROW_STEPS), vocab_size)
     request = requests.get(name)
     if request is None:
-        request = requests[name] = _request(name, tokens[: ROW_PROMPTS[name]])
-        return ScheduledTokens(request, 0, len(request.prompt_ids))
+        request = requests[name] = _request(name, tokens[:count])
+        return ScheduledTokens(request, 0, count)
     known = len(request.prompt_ids)
     request.prompt_ids.append(tokens[known])
     return ScheduledTokens(request, known, 1)
@@ -198,7 +257,7 @@ def _tokens(name: str, count: int, vocab_size: int) -> list[int]:
 
 def _request(name: str, ids: list[int]) -> Request:
     made = Request(id=f"probe-{name}", prompt_ids=ids, params=SamplingParams(max_tokens=1), max_tokens=1)
-    made.block_ids = [0] * 8  # the model keeps its own state
+    made.block_ids = [0] * LONG.longest  # the model keeps its own state
     return made
 
 

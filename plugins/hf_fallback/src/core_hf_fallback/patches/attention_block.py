@@ -49,12 +49,19 @@ class Parts:
 
 def fuse_attention(module: nn.Module, calls: LinearCalls, kernels: Kernels | None) -> list[Callable[[], None]]:
     """Replace the forward of every such block; return how to undo each."""
-    return replace_forwards(module, calls, lambda block, _, call: recognise(block, call, kernels))
+    return replace_forwards(
+        module, calls, lambda block, path, call: recognise(block, path, call, calls.choices, kernels)
+    )
 
 
 @torch.inference_mode()
-def recognise(block: nn.Module, call: BlockCall, kernels: Kernels | None) -> Callable[..., Any] | None:
-    """Return the quicker form of a block that did in the recording forward what the formula does; else None."""
+def recognise(
+    block: nn.Module, path: str, call: BlockCall, choices: dict[str, str], kernels: Kernels | None
+) -> Callable[..., Any] | None:
+    """Return the quicker form of a block that did in the recording forward what the formula does; else None.
+
+    `choices` gets the way to rotate by the block's path; in a block that is like another it says which one.
+    """
     recorded = _recorded(block)
     if recorded is None or is_hooked(block) or call.args or block._parameters:
         return None
@@ -64,12 +71,19 @@ def recognise(block: nn.Module, call: BlockCall, kernels: Kernels | None) -> Cal
     width = recorded.q.shape[-1]
     if any(angle.numel() != x.shape[1] * angle.shape[-1] or angle.shape[-1] > width for angle in angles):
         return None
-    parts = next((one for one in _parts(block, recorded, kernels, x.dtype) if _did_so(one, x, angles, recorded)), None)
-    if parts is None or not isinstance(call.output, tuple) or len(call.output) != 2 or call.output[1] is not None:
+    if not isinstance(call.output, tuple) or len(call.output) != 2 or call.output[1] is not None:
         return None
-    if not same(parts.output(recorded.out.reshape(1, len(recorded.out), -1)), call.output[0]):
-        return None
-    return FusedAttention(block, parts, recorded, call)
+    for parts in _parts(block, recorded, kernels, x.dtype):
+        if choices.get(path) == parts.rotate.form if call.of_another else _did_so(parts, recorded, call):
+            choices[path] = parts.rotate.form
+            return FusedAttention(block, parts, recorded, call)
+    return None
+
+
+def _did_so(parts: Parts, recorded: Call, call: BlockCall) -> bool:
+    found = parts.heads(call.kwargs["hidden_states"], call.kwargs["position_embeddings"])
+    wanted = (recorded.q, recorded.k, recorded.v)
+    return all(map(same, found, wanted)) and same(parts.output(recorded.out.flatten(1)[None]), call.output[0])
 
 
 class FusedAttention:
@@ -136,12 +150,6 @@ def _plain_call(call: BlockCall) -> bool:
 def _are_angles(angles: Any, x: Tensor) -> bool:
     pair = isinstance(angles, (tuple, list)) and len(angles) == 2 and all(isinstance(angle, Tensor) for angle in angles)
     return pair and all(angle.dtype == x.dtype and angle.is_contiguous() for angle in angles)
-
-
-def _did_so(parts: Parts, x: Tensor, angles: tuple[Tensor, Tensor], recorded: Call) -> bool:
-    """True if these parts make of x what attention was given in the recording forward."""
-    wanted = (recorded.q, recorded.k, recorded.v)
-    return all(same(one, other) for one, other in zip(parts.heads(x, angles), wanted, strict=True))
 
 
 def _parts(block: nn.Module, recorded: Call, kernels: Kernels | None, dtype: torch.dtype) -> Iterator[Parts]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from core_hf_fallback.alike import Alike
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,7 @@ class BlockCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
+    of_another: bool = False  # recorded in a block that is alike: this one's weights would give other results
 
     def argument(self, name: str) -> Any:
         """Return a keyword argument, or the only positional one: what a block works on comes first."""
@@ -32,6 +37,7 @@ class LinearCalls:
 
     counts: dict[str, int] = field(default_factory=dict)  # calls by path; only the linears that are called
     inputs: list[tuple[Tensor, Tensor, list[str]]] = field(default_factory=list)  # tensor, its copy, who was given it
+    choices: dict[str, str] = field(default_factory=dict)  # by path: which of several formulas a block was found to be
 
     def note(self, path: str, arguments: tuple[Any, ...]) -> None:
         self.counts[path] = self.counts.get(path, 0) + 1
@@ -47,6 +53,18 @@ class LinearCalls:
         self.inputs.append((given, given.clone(), []))
         return self.inputs[-1][2]
 
+    def carry_over(self, alike: Alike) -> None:
+        """Note for every layer that was let through what was seen of the one that it is like."""
+        others = {path: [replace(call, of_another=True) for call in found] for path, found in self.blocks.items()}
+        through = {path: others[path] for path, _ in alike.pairs() if path in others}  # these were called themselves
+        self.blocks |= _carried_over(others, alike) | through
+        self.counts |= _carried_over(self.counts, alike)
+        self.choices |= _carried_over(self.choices, alike)
+        for tensor, copy, paths in list(self.inputs):
+            for layer, first in alike.pairs():
+                own = [layer + path.removeprefix(first) for path in paths if path.startswith(f"{first}.")]
+                self.inputs += [(tensor, copy, own)] if own else []
+
     def siblings(self) -> list[list[str]]:
         """Return groups of two and more children of one parent that share an input and are called once."""
         groups: dict[tuple[int, str], list[str]] = {}
@@ -55,6 +73,10 @@ class LinearCalls:
                 if self.counts[path] == 1:
                     groups.setdefault((number, path.rpartition(".")[0]), []).append(path)
         return [paths for paths in groups.values() if len(paths) > 1]
+
+
+def _carried_over(by_path: dict[str, T], alike: Alike) -> dict[str, T]:
+    return {own: value for path, value in by_path.items() for own in alike.translated(path)}
 
 
 @contextmanager

@@ -17,15 +17,17 @@ from core_hf_fallback.patches.calls import LinearCalls
 
 def enter_children(module: nn.Module, _: LinearCalls, __: Kernels | None) -> list[Callable[[], None]]:
     """Enter the children of every module that has any; return how to undo each."""
-    return [_enter(part) for part in module.modules() if part._modules]
+    return [undo for part in module.modules() if part._modules and (undo := _enter(part)) is not None]
 
 
-def _enter(part: nn.Module) -> Callable[[], None]:
+def _enter(part: nn.Module) -> Callable[[], None] | None:
     entered = {
         name: child
         for name, child in part._modules.items()
         if child is not None and name not in vars(part) and not hasattr(type(part), name)
     }
+    if not entered:
+        return None
     vars(part).update(entered)
 
     def undo() -> None:

@@ -37,7 +37,7 @@ def recognise(layer: nn.Module, path: str, calls: LinearCalls) -> Callable[..., 
     if not isinstance(x, Tensor) or any(norm.dtype != x.dtype for norm in norms) or len(call.args) != 1:
         return None
     (attention,), (mlp,) = (calls.blocks[f"{path}.{name}"] for name in blocks)
-    if not _did_so(x, call.output, norms, attention, mlp):
+    if not call.of_another and not _did_so(x, call.output, norms, attention, mlp):
         return None
     added = _added(call, attention)
     if added is None:

@@ -21,12 +21,19 @@ Forward = Callable[[Tensor], Tensor]
 
 def fuse_gates(module: nn.Module, calls: LinearCalls, kernels: Kernels | None) -> list[Callable[[], None]]:
     """Replace the forward of every such block; return how to undo each."""
-    return replace_forwards(module, calls, lambda block, _, call: recognise(block, call, kernels))
+    return replace_forwards(
+        module, calls, lambda block, path, call: recognise(block, path, call, calls.choices, kernels)
+    )
 
 
 @torch.inference_mode()
-def recognise(block: nn.Module, call: BlockCall, kernels: Kernels | None) -> Forward | None:
-    """Return the quicker form of a block that made of its input what the formula makes of it; else None."""
+def recognise(
+    block: nn.Module, path: str, call: BlockCall, choices: dict[str, str], kernels: Kernels | None
+) -> Forward | None:
+    """Return the quicker form of a block that made of its input what the formula makes of it; else None.
+
+    `choices` gets the activation by the block's path; in a block that is like another it says which one.
+    """
     if len(call.args) != 1 or call.kwargs or is_hooked(block):
         return None
     x = call.args[0]
@@ -34,13 +41,19 @@ def recognise(block: nn.Module, call: BlockCall, kernels: Kernels | None) -> For
         return None
     if len(others_of(block)) > 1 or any(len(list(other.parameters())) for other in others_of(block)):
         return None
-    found = [(made, made(x)) for made in _candidates(block, kernels, x.dtype)]
-    fitting = [(made, out) for made, out in found if same(out, call.output)]
+    candidates = list(_candidates(block, kernels, x.dtype))
+    if call.of_another:
+        return next((made for activation, made in candidates if choices.get(path) == activation), None)
+    found = [(activation, made, made(x)) for activation, made in candidates]
+    fitting = [one for one in found if same(one[2], call.output)]
+    if not fitting:
+        return None
     # In half types more than one kind of GELU may fit.
-    return min(fitting, key=lambda pair: float((pair[1] - call.output).abs().sum()), default=(None, None))[0]
+    choices[path], best, _ = min(fitting, key=lambda one: float((one[2] - call.output).abs().sum()))
+    return best
 
 
-def _candidates(block: nn.Module, kernels: Kernels | None, dtype: torch.dtype) -> Iterator[Forward]:
+def _candidates(block: nn.Module, kernels: Kernels | None, dtype: torch.dtype) -> Iterator[tuple[str, Forward]]:
     parts = [part for _, part in linears_of(block)]
     if len(parts) not in (2, 3):
         return
@@ -54,7 +67,7 @@ def _candidates(block: nn.Module, kernels: Kernels | None, dtype: torch.dtype) -
         if gate is not None:
             whole = [product] if product is not None else first
             kernel = None if kernels is None else kernels.gate(activation, dtype)
-            yield FusedMLP(whole, down, activation, gate, kernel, block.forward, dtype)
+            yield activation, FusedMLP(whole, down, activation, gate, kernel, block.forward, dtype)
 
 
 class FusedMLP:

@@ -38,7 +38,9 @@ def recognise(block: Any, call: BlockCall, kernels: Kernels | None) -> Forward |
     if first is None or down is None:
         return None
     made = _grouped(block, first, down)
-    return made if call.args[0].dim() == 2 and same(made(*call.args), call.output) else None
+    if call.args[0].dim() != 2 or not (call.of_another or same(made(*call.args), call.output)):
+        return None
+    return made
 
 
 def _product(block: Any, name: str, kernels: Kernels) -> ExpertsKernel | None:

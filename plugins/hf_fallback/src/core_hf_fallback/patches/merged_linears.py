@@ -4,6 +4,8 @@
 
 Which linears share an input, the recording forward has seen. While serving nothing is taken for granted: a part that is
 given another tensor, or the same one a second time, has the product computed anew.
+
+Large weights stay apart on a CPU: merging copies them, and what it saves is a call.
 """
 
 from __future__ import annotations
@@ -16,7 +18,11 @@ from torch import Tensor, nn
 
 from core.contracts import Kernels
 from core.layers import QuantizedTensor
+from core.memory import trim
 from core_hf_fallback.patches.calls import LinearCalls
+
+BETWEEN_TRIMS = 16 << 20  # bytes of merged weights; their parts' memory is given back then
+MOST_ON_CPU = 16 << 20  # bytes of a product's weights: reading more takes so long that one call less is no gain
 
 
 class Last:
@@ -105,11 +111,16 @@ def merge_linears(module: nn.Module, calls: LinearCalls, _: Kernels | None) -> l
     """Merge every group that can be; return how to undo each."""
     shared = _shared(module)
     undo = []
+    merged = 0
     for paths in calls.siblings():
         parts = [module.get_submodule(path) for path in paths]
         plain = [part for part in parts if type(part) is nn.Linear and _can_merge(part, shared)]
-        if len(plain) == len(parts) and _join(plain):
+        if len(plain) == len(parts) and _join(plain) and _gains(plain):
             undo.append(_merge(module, paths, plain))
+            merged += _size(module.get_submodule(paths[0]).merged.linear)
+            if merged > BETWEEN_TRIMS:
+                merged = 0
+                trim()
     return undo
 
 
@@ -160,6 +171,17 @@ def _join(parts: Sequence[nn.Linear]) -> bool:
     if isinstance(first, QuantizedTensor) and not all(first.joins(part.weight) for part in parts[1:]):
         return False
     return len({(*_kind(part), type(part.weight)) for part in parts}) == 1
+
+
+def _gains(parts: Sequence[nn.Linear]) -> bool:
+    """False on a CPU for large weights, which would be copied, mapped files into memory too."""
+    return parts[0].weight.device.type != "cpu" or sum(map(_size, parts)) <= MOST_ON_CPU
+
+
+def _size(part: nn.Linear) -> int:
+    """Bytes of a linear's weight."""
+    held = part.weight.parts.values() if isinstance(part.weight, QuantizedTensor) else (part.weight,)
+    return sum(one.nbytes for one in held)
 
 
 def _kind(part: nn.Linear) -> tuple[object, ...]:

@@ -84,6 +84,10 @@ class Rotation:
     repeated: bool  # the angle of pair i stands at 2 i and 2 i + 1, instead of at i and i + rotated / 2
     kernel: RotaryKernel | None
 
+    @property
+    def form(self) -> str:
+        return f"{'pairs' if self.interleaved else 'halves'}{', angles twice' if self.repeated else ''}"
+
     def angles(self, x: Tensor) -> Tensor:
         return torch.cat([x[..., ::2]] * 2, -1) if self.repeated else x
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from core.contracts import Kernels
 from core.layers import give_kernels, pack_linears, unpack_linears
+from core.model_loader import Stopwatch
+from core_hf_fallback.alike import Alike
 from core_hf_fallback.patches.attention_block import fuse_attention
 from core_hf_fallback.patches.calls import LinearCalls
 from core_hf_fallback.patches.child_lookup import enter_children
@@ -49,9 +51,15 @@ class Patcher:
     """Patches a module and packs its linears, and can take both back."""
 
     def __init__(
-        self, module: nn.Module, calls: LinearCalls, kernels: Kernels | None = None, disabled: Collection[str] = ()
+        self,
+        module: nn.Module,
+        calls: LinearCalls,
+        kernels: Kernels | None = None,
+        disabled: Collection[str] = (),
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self.module, self.calls, self.kernels = module, calls, kernels
+        self.stopwatch = stopwatch or Stopwatch()
         self.rules = [rule for rule in RULES if rule.name not in disabled]
         self.counts: dict[str, int] = {}  # places by the name of the rule that changed them
         self._undo: list[Undo] = []
@@ -89,20 +97,32 @@ class Patcher:
     def apply(self, rules: Sequence[Rule]) -> None:
         """Make these the patches of the module, packed."""
         self.undo()
-        for rule in rules:
-            if not rule.after_packing:
-                self._apply_one(rule)
-        pack_linears(self.module, kinds=(nn.Linear,), only=self._called(), kernels=self.kernels)
-        give_kernels(self.module, self.kernels)
-        for rule in rules:
-            if rule.after_packing:
-                self._apply_one(rule)
+        self._add(rules)
+
+    def carry_over(self, alike: Alike) -> None:
+        """Patch all layers as those were that they are like; what joins layers has to see all of them at once."""
+        rules = [rule for rule in self.rules if rule.name in self.counts]
+        self.calls.carry_over(alike)
+        self.apply(rules)
+
+    def _add(self, rules: Sequence[Rule]) -> None:
+        with self.stopwatch.on("patching"):
+            for rule in rules:
+                if not rule.after_packing:
+                    self._apply_one(rule)
+        with self.stopwatch.on("packing"):
+            pack_linears(self.module, kinds=(nn.Linear,), only=self._called(), kernels=self.kernels)
+        with self.stopwatch.on("patching"):
+            give_kernels(self.module, self.kernels)
+            for rule in rules:
+                if rule.after_packing:
+                    self._apply_one(rule)
 
     def _apply_one(self, rule: Rule) -> None:
         undo = rule.apply(self.module, self.calls, self.kernels)
         self._undo += undo
         if undo:
-            self.counts[rule.name] = len(undo)
+            self.counts[rule.name] = self.counts.get(rule.name, 0) + len(undo)
 
     def _called(self) -> WeakSet[nn.Module]:
         """The linears to pack: those that are called; of some a module only looks at the weight.
