@@ -275,9 +275,23 @@ class NormKernel(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
+    def of_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Return the norm of x[rows], for x [tokens, size] and rows [n] int64."""
+        ...
+
     def add(self, x: Tensor, residual: Tensor, summed: Tensor) -> Tensor:
         """Put residual + x into `summed`, which may be `residual`, and return the norm of that; both contiguous."""
         ...
+
+
+class ExpertsKernel(Protocol):
+    """y[r] = x[source[r]] @ weights[e].T + bias[e] for the rows r in [starts[e], starts[e + 1]): experts of a mixture.
+
+    x [tokens, in], starts [experts + 1] int32, source [rows] int32, or None if x holds the rows themselves
+    -> [rows, out]. Nobody waits to learn what starts holds.
+    """
+
+    def __call__(self, x: Tensor, starts: Tensor, source: Tensor | None) -> Tensor: ...
 
 
 class GateKernel(Protocol):
@@ -362,6 +376,10 @@ class Kernels(Protocol):
         `weight` is a plain tensor or a `core.layers.QuantizedTensor`. The function may keep the weight's parts, in the
         order given: nobody changes them. It must not keep a second copy of them.
         """
+        ...
+
+    def experts(self, weights: Tensor, bias: Tensor | None) -> ExpertsKernel | None:
+        """Return the products of plain weights [experts, out, in], by any strides, and of their bias [experts, out]."""
         ...
 
     def rms_norm(self, weight: Tensor, eps: float, dtype: torch.dtype) -> NormKernel | None:

@@ -117,12 +117,13 @@ class CudaDevice:  # pragma: no cover - gpu
         return x.cpu()
 
     def capture(self, run: Callable[[], Tensor]) -> Graph:
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):  # kernels are compiled and libraries make their workspaces: not to be captured
-            run()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        return CudaGraph(run, self.pool)
+        with torch.cuda.device(self.device):  # a graph is captured on the current one
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # kernels are compiled and libraries make workspaces: not to be captured
+                run()
+            torch.cuda.current_stream().wait_stream(side)
+            return CudaGraph(run, self.pool)
 
 
 def device_module(device: torch.device) -> DeviceModule:

@@ -116,7 +116,7 @@ class Sampler:
         edits = Edits(self.vocab_size)
         for row, request in enumerate(rows):
             self._state(request).collect(row, request, edits)
-        return edits.apply(logits)
+        return edits.apply(logits, self.module)
 
     def _results(
         self, logits: Tensor, rows: Sequence[Request], tokens: list[int], finite: list[bool]

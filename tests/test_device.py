@@ -9,7 +9,7 @@ import torch
 from core.batch import Batch, Places
 from core.config import EngineConfig
 from core.decode_graphs import NO_SLOT, Size, Sizes, padded
-from core.device import HostDevice
+from core.device import CudaDevice, HostDevice
 from core.engine_build import choose_dtype
 from core.errors import ConfigError
 from core.kv_memory import HOST_BYTES, kv_bytes
@@ -164,3 +164,67 @@ def test_a_batch_gets_back_as_many_tensors_as_it_gave():
         moved = with_tensors(one, iter([tensor + 1 for tensor in tensors_of(one)]))
         pairs = zip(tensors_of(one), tensors_of(moved), strict=True)
         assert all(torch.equal(before + 1, after) for before, after in pairs)
+
+
+# ------------------------------------------------------------------------------------------------ torch.cuda, played
+
+
+class PlayedCuda:
+    """Stands for torch.cuda and writes down what is asked of it."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __getattr__(self, name):
+        def call(*arguments, **options):
+            self.asked.append(name)
+            return Played(self, name)
+
+        return call
+
+
+class Played:
+    """What a call gave: a stream, a graph, a context."""
+
+    def __init__(self, cuda, name):
+        self.cuda, self.name = cuda, name
+
+    def __enter__(self):
+        self.cuda.asked.append(f"in {self.name}")
+
+    def __exit__(self, *_):
+        self.cuda.asked.append(f"out of {self.name}")
+
+    def wait_stream(self, other):
+        self.cuda.asked.append(f"{self.name} waits for {other.name}")
+
+    def replay(self):
+        self.cuda.asked.append("replay")
+
+
+def test_a_capture_runs_once_beside_and_once_inside_the_graph(monkeypatch):
+    cuda = PlayedCuda()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    graph = CudaDevice(torch.device("cuda:1")).capture(lambda: cuda.asked.append("run") or torch.ones(2))
+    assert cuda.asked == [
+        "graph_pool_handle", "device", "in device",
+        "Stream", "current_stream", "Stream waits for current_stream",
+        "stream", "in stream", "run", "out of stream",
+        "current_stream", "current_stream waits for Stream",
+        "CUDAGraph", "graph", "in graph", "run", "out of graph", "out of device",
+    ]  # fmt: skip
+    assert graph.replay().tolist() == [1, 1]
+    assert cuda.asked[-1] == "replay"
+
+
+def test_a_kernel_is_launched_on_the_gpu_that_holds_its_tensors(monkeypatch):
+    chip = pytest.importorskip("core.kernels.chip")
+    cuda = PlayedCuda()
+    monkeypatch.setattr(torch, "cuda", cuda)
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **_: cuda.asked.append(f"launch {grid}")
+
+    chip.Chip(chip.TARGETS["sm_90"], 1).run(chip.Launch(Kernel(), (3,), {}))
+    assert cuda.asked == ["device", "in device", "launch (3,)", "out of device"]

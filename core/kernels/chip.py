@@ -7,6 +7,7 @@ A wrapper builds a `Launch` and hands it to a `Chip`. A real chip runs it; a rec
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -73,6 +74,7 @@ class Chip:
     """A target and the way to run on it."""
 
     target: Target
+    index: int | None = None  # of a GPU
 
     @property
     def interpreted(self) -> bool:
@@ -81,7 +83,9 @@ class Chip:
     def run(self, launch: Launch) -> None:
         if 0 in launch.grid:
             return
-        launch.kernel[launch.grid](**launch.args, **launch.options)
+        # Triton launches on the current GPU, wherever the tensors are.
+        with nullcontext() if self.index is None else torch.cuda.device(self.index):
+            launch.kernel[launch.grid](**launch.args, **launch.options)
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def _chip(kind: str, index: int) -> Chip:
             f"Triton kernels run on CUDA and ROCm devices, and the tensor is on {kind!r}. To run them slowly on a "
             "CPU, set TRITON_INTERPRET=1 before the process starts."
         )
-    return Chip(device_target(torch.cuda.get_device_properties(index)))
+    return Chip(device_target(torch.cuda.get_device_properties(index)), index)  # gpu
 
 
 def device_target(properties: Any) -> Target:

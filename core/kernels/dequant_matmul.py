@@ -156,6 +156,8 @@ def dequant_matmul(x: Tensor, weight: Codes, y: Tensor, bias: Tensor | None = No
     few = rows <= 16
     block_m = 16 if few else 64 if half else 32
     block_n = 32 if not half else 128 if few else 64
+    block_k = 64 if groups == 1 or weight.group % 64 == 0 else 32
+    stages = 2 if weight.table is not None and block_k == 32 else 3  # addresses in the table take registers
     args = {
         "x": x,
         "codes": weight.codes,
@@ -178,9 +180,9 @@ def dequant_matmul(x: Tensor, weight: Codes, y: Tensor, bias: Tensor | None = No
         "MIDDLE": weight.middle or 0,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        "BLOCK_K": 64 if groups == 1 or weight.group % 64 == 0 else 32,
+        "BLOCK_K": block_k,
         "WIDEN": chip.interpreted,
     }
     grid = (-(-outputs // block_n), -(-rows // block_m))
     warps = 2 if few and chip.target.backend == "hip" else 4
-    chip.run(Launch(dequant_matmul_kernel, grid, args, warps, 3, uses_tensor_cores=half))
+    chip.run(Launch(dequant_matmul_kernel, grid, args, warps, stages, uses_tensor_cores=half))

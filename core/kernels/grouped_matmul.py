@@ -2,7 +2,8 @@
 
     y[r] = x[source[r]] @ weights[e].T + bias[e]     for the rows r in [starts[e], starts[e + 1])
 
-x [tokens, in]; source [rows] int32 or None (x is sorted already); weights [experts, out, in]; starts [experts + 1]
+x [tokens, in]; source [rows] int32 or None (x is sorted already); weights [experts, out, in], either of the last two
+without gaps; starts [experts + 1]
 int32, on the device: nobody waits to learn how tokens were routed. y [rows, out].
 Gale et al. 2022, "MegaBlocks", in dense tiles.
 
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from core.kernels.checks import FLOATS, check, pow2
+from core.kernels.checks import FLOATS, check, pow2, require
 from core.kernels.chip import Chip, Launch, chip_of
 from core.kernels.numbers import dot, rounded
 
@@ -38,6 +39,7 @@ def grouped_matmul_kernel(
     y_row: tl.tensor,
     weights_expert: tl.tensor,
     weights_row: tl.tensor,
+    weights_column: tl.tensor,
     count: tl.tensor,
     columns: tl.tensor,
     out: tl.tensor,
@@ -69,7 +71,9 @@ def grouped_matmul_kernel(
             there = valid[:, None] & (k < columns)[None, :]
             part = tl.load(x + row.to(tl.int64)[:, None] * x_row + k[None, :], mask=there, other=0.0)
             there = (n < out)[:, None] & (k < columns)[None, :]
-            w = tl.load(weight + n.to(tl.int64)[:, None] * weights_row + k[None, :], mask=there, other=0.0)
+            w = tl.load(
+                weight + n.to(tl.int64)[:, None] * weights_row + k[None, :] * weights_column, mask=there, other=0.0
+            )
             acc = dot(part, tl.trans(w), acc, WIDEN)
         if bias is not None:
             acc += tl.load(bias + expert * out + n, mask=n < out, other=0.0).to(tl.float32)[None, :]
@@ -90,7 +94,9 @@ def grouped_matmul(
     rows, outputs = y.shape
     experts, _, size = weights.shape
     check(NAME, "x", x, (rows if source is None else None, size), FLOATS, x)
-    check(NAME, "weights", weights, (experts, outputs, size), (x.dtype,), x)
+    upright = weights if weights.stride(2) == 1 else weights.transpose(1, 2)  # one of the two has no gaps
+    check(NAME, "weights", upright, (experts, *upright.shape[1:]), (x.dtype,), x)
+    require(NAME, weights.shape[1] == outputs, f"weights give {weights.shape[1]} columns, and y has {outputs}.")
     check(NAME, "starts", starts, (experts + 1,), (torch.int32,), x, dense=True)
     check(NAME, "y", y, (rows, outputs), (x.dtype,), x)
     if source is not None:
@@ -112,6 +118,7 @@ def grouped_matmul(
         "y_row": y.stride(0),
         "weights_expert": weights.stride(0),
         "weights_row": weights.stride(1),
+        "weights_column": weights.stride(2),
         "count": experts,
         "EXPERTS_PAD": pow2(experts),
         "columns": size,

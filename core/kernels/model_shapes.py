@@ -17,7 +17,6 @@ from core.kernels.chip import Launch, RecordingChip, Target
 from core.kernels.dequant_matmul import Codes, dequant_matmul
 from core.kernels.gated_activation import gated_activation
 from core.kernels.gated_linear_attention import gated_linear_attention
-from core.kernels.gather_rows import gather_rows
 from core.kernels.grouped_matmul import grouped_matmul
 from core.kernels.mamba2_step import mamba2_step
 from core.kernels.paged_decode import paged_decode
@@ -53,6 +52,7 @@ class ModelShape:
     activation: str = "silu"
     plus_one: bool = False  # Gemma's norm: its weight is float32, 1 + the stored one
     interleaved: bool = False  # rotary pairs
+    norms_heads: bool = False  # RMSNorm of each head of Q and K
     experts: int = 0
     delta_heads: int = 0  # heads of gated linear attention, 128 x 128
     mamba_heads: int = 0  # of 64 x 128
@@ -61,9 +61,10 @@ class ModelShape:
 MODELS = (
     ModelShape("Llama-3-8B", 4096, 14336, 128256, 32, 8, 128, 128, 128),
     ModelShape("Llama-3-70B", 8192, 28672, 128256, 64, 8, 128, 128, 128),
-    ModelShape("Qwen3-30B-A3B", 2048, 768, 151936, 32, 4, 128, 128, 128, experts=128),
+    ModelShape("Qwen3-30B-A3B", 2048, 768, 151936, 32, 4, 128, 128, 128, norms_heads=True, experts=128),
     ModelShape(
-        "Gemma-3-12B", 3840, 15360, 262208, 16, 8, 256, 256, 256, (1024, None), activation="gelu_tanh", plus_one=True
+        "Gemma-3-12B", 3840, 15360, 262208, 16, 8, 256, 256, 256, (1024, None), activation="gelu_tanh", plus_one=True,
+        norms_heads=True,
     ),
     ModelShape("DeepSeek-V3", 7168, 2048, 129280, 128, 128, 192, 128, 64, interleaved=True, experts=256),
     ModelShape("gpt-oss-20b", 2880, 2880, 201088, 64, 8, 64, 64, 64, (128, None), has_sinks=True, experts=32),
@@ -75,7 +76,10 @@ MODELS = (
     ModelShape("T5-XL's decoder", 2048, 5120, 32128, 32, 32, 64, 64, 64, bias="table"),
     ModelShape("T5-11B's decoder", 1024, 65536, 32128, 128, 128, 128, 128, 128, bias="table"),
     ModelShape("Phi-2", 2560, 10240, 51200, 32, 32, 80, 80, 32),
-    ModelShape("Qwen3-Next-80B", 2048, 512, 151936, 16, 2, 256, 256, 64, experts=512, delta_heads=32),
+    ModelShape(
+        "Qwen3-Next-80B", 2048, 512, 151936, 16, 2, 256, 256, 64, plus_one=True, norms_heads=True, experts=512,
+        delta_heads=32,
+    ),
     ModelShape("Mamba-2-2.7B", 2560, 10240, 50288, 0, 0, 64, 64, 64, mamba_heads=80),
 )  # fmt: skip
 
@@ -118,14 +122,20 @@ class Step:
     def rows(self) -> None:
         model, rows = self.model, REQUESTS
         x, out = self.made(rows, model.hidden), self.made(rows, model.hidden)
-        for residual in (None, out):
-            dtype = torch.float32 if model.plus_one else self.dtype
-            rms_norm(x, self.made(model.hidden, dtype=dtype), 1e-6, out, residual, self.chip)
-        if model.heads:
-            q, angles = self.made(rows, model.heads, model.k_dim), self.made(rows, model.rotated // 2)
-            rotary(q, angles, angles, q, model.interleaved, self.chip)
+        weight = self.made(model.hidden, dtype=torch.float32 if model.plus_one else self.dtype)
+        for residual, picked in ((None, None), (out, None), (None, self.longs(rows))):
+            rms_norm(x, weight, 1e-6, out, residual, picked, self.chip)
+        for heads in {model.heads, model.kv_heads} - {0}:
+            whole = self.made(rows, 2 * heads * model.k_dim)  # Q or K beside others
+            x_of_heads, angles = (
+                whole[:, : heads * model.k_dim].view(rows, heads, -1),
+                self.made(rows, model.rotated // 2),
+            )
+            rotary(x_of_heads, angles, angles, x_of_heads, model.interleaved, self.chip)
+            if model.norms_heads:
+                by_head = self.made(model.k_dim, dtype=weight.dtype)
+                rms_norm(x_of_heads, by_head, 1e-6, self.made(rows, heads, model.k_dim), chip=self.chip)
         gated_activation(self.made(rows, 2 * model.inner), self.made(rows, model.inner), model.activation, self.chip)
-        gather_rows(x, self.longs(rows), out, self.chip)
         doubles, longs = self.made(rows, dtype=torch.float64), self.longs(rows)
         logits = self.made(rows, model.vocab)
         sample(logits, doubles, self.ints(rows), doubles, doubles, longs, longs, longs, self.chip)
@@ -150,6 +160,12 @@ class Step:
             Codes(bytes_, row, 8, size, size, table=self.made(256, dtype=torch.float32)),
         )
 
+    def experts(self) -> tuple[Tensor, Tensor | None]:
+        count, out, size = self.model.experts, self.model.inner, self.model.hidden
+        if self.model.has_sinks:  # gpt-oss keeps its experts input first, and gives them a bias
+            return self.made(count, size, out).transpose(1, 2), self.made(count, out)
+        return self.made(count, out, size), None
+
     def matrices(self) -> None:
         model, size = self.model, self.model.hidden
         weights = self.quantized()
@@ -158,11 +174,11 @@ class Step:
             for weight in weights:
                 dequant_matmul(x, weight, y, chip=self.chip)
             if model.experts:
-                experts = self.made(model.experts, model.inner, size)
+                experts, bias = self.experts()
                 routed = rows * 8
                 grouped_matmul(
                     x, experts, self.ints(model.experts + 1), self.made(routed, model.inner), self.ints(routed),
-                    chip=self.chip,
+                    bias, self.chip,
                 )  # fmt: skip
 
     def states(self) -> None:

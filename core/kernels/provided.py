@@ -1,8 +1,8 @@
 """The kernels beside attention that a GPU offers to layers and to the fallback's patches: `core.contracts.Kernels`.
 
-Products with quantized weights, RMSNorm, gated activations and rotary embedding. Plain weights have none: torch's own
-product is the chip maker's. Results are rounded where torch's operators one after the other round them, so that a model
-gives the same numbers with kernels and without, but for the order of sums.
+Products with quantized weights and with experts, RMSNorm, gated activations and rotary embedding. One plain weight has
+none: torch's own product is the chip maker's. Results are rounded where torch's operators one after the other round
+them, so that a model gives the same numbers with kernels and without, but for the order of sums.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from core.kernels.checks import FLOATS
 from core.kernels.chip import INTERPRETED
 from core.kernels.dequant_matmul import Codes, dequant_matmul, unfit
 from core.kernels.gated_activation import ACTIVATIONS, gated_activation
+from core.kernels.grouped_matmul import grouped_matmul
 from core.kernels.rms_norm import rms_norm
 from core.kernels.rotary import rotary
 from core.layers.quant_formats import AffineTensor, Float8Tensor, TableTensor
@@ -43,6 +44,11 @@ class TritonKernels:
         return Product(
             codes, None if bias is None else bias.detach(), None if order is None else order.to(weight.device)
         )
+
+    def experts(self, weights: Tensor, bias: Tensor | None) -> Experts | None:
+        plain = type(weights) in (Tensor, torch.nn.Parameter) and weights.dtype in FLOATS and _is_here(weights)
+        dense = 1 in weights.stride()[1:] and (bias is None or bias.is_contiguous())
+        return Experts(weights, bias) if plain and dense else None
 
     def rms_norm(self, weight: Tensor, eps: float, dtype: torch.dtype) -> Norm | None:
         plain = _is_here(weight) and weight.is_contiguous() and weight.dtype in (torch.float32, dtype)
@@ -109,6 +115,19 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A `core.contracts.ExpertsKernel`."""
+
+    weights: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor, starts: Tensor, source: Tensor | None) -> Tensor:
+        out = x.new_empty(len(x) if source is None else len(source), self.weights.shape[1])
+        grouped_matmul(x, self.weights, starts, out, source, self.bias)
+        return out
+
+
+@dataclass(frozen=True)
 class Norm:
     """A `core.contracts.NormKernel`."""
 
@@ -119,6 +138,11 @@ class Norm:
         rows = x if x.dim() in (2, 3) else x.reshape(-1, x.shape[-1])
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         rms_norm(rows if rows.stride(-1) == 1 else rows.contiguous(), self.weight, self.eps, out.view(rows.shape))
+        return out
+
+    def of_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        out = x.new_empty(len(rows), x.shape[1])
+        rms_norm(x, self.weight, self.eps, out, rows=rows)
         return out
 
     def add(self, x: Tensor, residual: Tensor, summed: Tensor) -> Tensor:

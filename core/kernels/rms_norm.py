@@ -3,8 +3,9 @@
     h = x + residual            (written to `residual`, rounded to its dtype, as a model without fusion would)
     y = h / sqrt(mean(h^2) + eps) * weight
 
-x, residual, out [rows, size], or x and out [tokens, heads, size]; weight [size]. Computed in float32. The quotient is
-rounded to the weight's dtype: x's, as in Llama; or float32, as in Gemma, whose weight is 1 + the stored one.
+x, residual, out [rows, size]; or x and out [tokens, heads, size]; or x [tokens, size] of which out [n, size] takes the
+rows [n], the tokens whose logits are wanted, say; weight [size]. Computed in float32. The quotient is rounded to the
+weight's dtype: x's, as in Llama; or float32, as in Gemma, whose weight is 1 + the stored one.
 One program a row. Registers: size / threads floats. Shared memory: a few floats, for the sum.
 """
 
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from core.kernels.checks import FLOATS, check, pow2
+from core.kernels.checks import FLOATS, INTS, check, pow2, require
 from core.kernels.chip import Chip, Launch, chip_of
 from core.kernels.numbers import rounded
 
@@ -30,6 +31,7 @@ def rms_norm_kernel(
     residual: tl.tensor,
     weight: tl.tensor,
     out: tl.tensor,
+    picked: tl.tensor,
     x_row: tl.tensor,
     x_head: tl.tensor,
     heads: tl.tensor,
@@ -43,7 +45,10 @@ def rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, PADDED)
     there = place < size
-    source = x + row // heads * x_row + row % heads * x_head
+    token = row // heads
+    if picked is not None:
+        token = tl.load(picked + row).to(tl.int64)
+    source = x + token * x_row + row % heads * x_head
     h = tl.load(source + place, mask=there, other=0.0).to(tl.float32)
     if residual is not None:
         h += tl.load(residual + row * residual_row + place, mask=there, other=0.0).to(tl.float32)
@@ -62,22 +67,30 @@ def rms_norm(
     eps: float,
     out: Tensor,
     residual: Tensor | None = None,
+    rows: Tensor | None = None,
     chip: Chip | None = None,
 ) -> None:
     """Fill `out`, and `residual` with x + residual if given; shapes are at the file's head. Raises KernelError."""
     *leading, size = x.shape
-    rows, heads = math.prod(leading), leading[1] if len(leading) == 2 else 1
+    heads = leading[1] if len(leading) == 2 else 1
+    count = math.prod(leading) if rows is None else len(rows)
     check(NAME, "x", x, (*leading[:2], size), FLOATS, x)
-    check(NAME, "out", out, (*leading, size), (x.dtype,), x, dense=True)
+    check(NAME, "out", out, (*leading, size) if rows is None else (count, size), (x.dtype,), x, dense=True)
+    if rows is not None:
+        require(
+            NAME, residual is None and len(leading) == 1, "rows are picked of x [tokens, size], without a residual."
+        )
+        check(NAME, "rows", rows, (count,), INTS, x, dense=True)
     check(NAME, "weight", weight, (size,), {torch.float32, x.dtype}, x, dense=True)
     if residual is not None:
-        check(NAME, "residual", residual, (rows, size), (x.dtype,), x)
+        check(NAME, "residual", residual, (count, size), (x.dtype,), x)
     chip = chip or chip_of(x)
     args = {
         "x": x,
         "residual": residual,
         "weight": weight,
         "out": out,
+        "picked": rows,
         "x_row": x.stride(0),
         "x_head": x.stride(-2),
         "heads": heads,
@@ -88,7 +101,9 @@ def rms_norm(
         "PADDED": pow2(size),
         "WIDEN": chip.interpreted,
     }
-    chip.run(Launch(rms_norm_kernel, (rows,), args, num_warps=warps_for(pow2(size), chip.target.warp_size)))
+    warp = chip.target.warp_size
+    wide = size >= 8 * warp  # a shorter row leaves a lane less than 16 bytes of a half type
+    chip.run(Launch(rms_norm_kernel, (count,), args, warps_for(pow2(size), warp), loads_wide=wide))
 
 
 def warps_for(elements: int, warp_size: int) -> int:

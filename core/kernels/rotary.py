@@ -120,4 +120,5 @@ def rotary(
         "INTERLEAVED": interleaved,
         "WIDEN": chip.interpreted,
     }
-    chip.run(Launch(rotary_kernel, (tokens, -(-count // heads)), args, num_warps=warps))
+    wide = heads * half >= 8 * warps * chip.target.warp_size  # few and narrow heads leave a lane less than 16 bytes
+    chip.run(Launch(rotary_kernel, (tokens, -(-count // heads)), args, warps, loads_wide=wide))

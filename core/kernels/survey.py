@@ -71,7 +71,7 @@ FLAGS = {
     "MIDDLE": "middle",
     "INTERLEAVED": "interleaved",
 }
-OPTIONAL = ("sinks", "bias", "residual", "zeros", "offsets", "table", "beta", "z")
+OPTIONAL = ("sinks", "bias", "residual", "picked", "zeros", "offsets", "table", "beta", "z")
 
 
 def describe(launch: Launch) -> str:

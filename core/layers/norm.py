@@ -37,6 +37,10 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x, (self.size,), self.weight, self.eps)
         return self.weight * F.rms_norm(x.float(), (self.size,), None, self.eps).to(x.dtype)
 
+    def of_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Return the norm of x[rows]; x [tokens, size], rows [n] int64."""
+        return self.forward(x[rows]) if self.kernel is None else self.kernel.of_rows(x, rows)
+
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """Add x to `residual`, in place, and return the norm of that."""
         if self.kernel is not None:

@@ -10,8 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from core.device import DeviceModule
 from core.request import Request
 from core.sampling_params import SamplingParams
+from core.staging import to_device
 
 Ids = NDArray[np.int64]
 FLOAT32 = torch.finfo(torch.float32)
@@ -114,30 +116,31 @@ class Edits:
         self.factors.append(np.full(len(ids), factor, np.float32))
         self.losses.append(loss.astype(np.float32))
 
-    def apply(self, logits: Tensor) -> Tensor:
-        if not (self.allowed or self.banned or self.biased or self.penalised):
+    def apply(self, logits: Tensor, module: DeviceModule) -> Tensor:
+        """Return the logits with all changes, `logits` itself if there are none; one copy to the device at the most."""
+        rows = [np.array(self.allowed_rows, np.int64)] if self.allowed_rows else []
+        lists = (rows, self.allowed, self.banned, self.biased, self.biases, self.penalised, self.factors, self.losses)
+        if not any(lists):
             return logits
+        given = [torch.from_numpy(np.concatenate(parts)) for parts in lists if parts]
+        there = iter(to_device(given, module) if module.stages else given)
         scores = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        flat, device = scores.view(-1), logits.device
+        flat = scores.view(-1)
         if self.allowed:
-            places = as_tensor(self.allowed, device)
+            allowed_rows, places = next(there), next(there)
             kept = flat[places]
-            scores[self.allowed_rows] = -torch.inf
+            scores.index_fill_(0, allowed_rows, -torch.inf)
             flat[places] = kept
         if self.banned:
-            flat[as_tensor(self.banned, device)] = -torch.inf
+            flat.index_fill_(0, next(there), -torch.inf)
         if self.biased:
-            flat[as_tensor(self.biased, device)] += as_tensor(self.biases, device)
+            flat[next(there)] += next(there)
         if self.penalised:
-            self._penalise(flat)
+            _penalise(flat, next(there), next(there), next(there))
         return scores
 
-    def _penalise(self, flat: Tensor) -> None:
-        places, factor = as_tensor(self.penalised, flat.device), as_tensor(self.factors, flat.device)
-        found = flat[places]
-        found = torch.where(found > 0, found / factor, found * factor)
-        flat[places] = found - as_tensor(self.losses, flat.device)
 
-
-def as_tensor(parts: Sequence[NDArray[np.int64] | NDArray[np.float32]], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts)).to(device)
+def _penalise(flat: Tensor, places: Tensor, factor: Tensor, loss: Tensor) -> None:
+    found = flat[places]
+    found = torch.where(found > 0, found / factor, found * factor)
+    flat[places] = found - loss

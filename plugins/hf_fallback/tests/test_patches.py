@@ -26,7 +26,9 @@ MODELS = {
     "qwen3": {"merged-linears", "rms-norm", "gated-mlp", "attention-block", "decoder-layer"},  # norms of Q and K
     "phi3": {"rms-norm", "gated-mlp"},  # one linear makes gate and up
     "gpt_neox": set(),  # one linear makes Q, K and V; LayerNorm
-    "phi": {"merged-linears"},  # partial rotary, LayerNorm
+    "phi": {"merged-linears", "attention-block"},  # partial rotary, LayerNorm
+    "cohere": {"merged-linears", "gated-mlp", "attention-block"},  # interleaved rotary, each angle twice; LayerNorm
+    "glm": {"merged-linears", "rms-norm", "gated-mlp", "attention-block", "decoder-layer"},  # partial and interleaved
     "mixtral": {"merged-linears", "rms-norm", "attention-block", "decoder-layer"},  # experts
 }
 if versions.major_minor(version("transformers")) == versions.OLDEST:
@@ -63,6 +65,7 @@ def test_the_names_that_can_be_disabled_are_those_of_the_rules():
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "layer-stack"])
 def test_a_patch_can_be_left_out(llama, name):
     without = {name, "decoder-layer"} if name == "rms-norm" else {name}  # a layer is known by its norms
+    without.add("grouped-experts")  # there are none
     with open_llm(llama, disable_patches=(name,)) as llm:
         assert patches_of(llm) == tuple(one for one in NAMES if one not in without | {"layer-stack"})
 
@@ -139,7 +142,8 @@ def test_undone_patches_leave_the_module_as_it_was(llama):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     kinds = [(name, type(part)) for name, part in model.named_modules()]
     patcher = patched(model)
-    assert set(patcher.counts) == set(NAMES) - {"attention-block", "layer-stack"}  # attention here is not the host's
+    # Attention here is not the host's.
+    assert set(patcher.counts) == set(NAMES) - {"attention-block", "grouped-experts", "layer-stack"}
     patcher.undo()
     after = model.state_dict()
     assert list(after) == list(before)

@@ -145,6 +145,24 @@ def test_a_drawing_step_is_two_copies_and_one_wait(llama):
     assert counted(opened(llama, device), device, DRAWN)["captured"] == {(2, 1)}
 
 
+EDITED = SamplingParams(
+    temperature=0,
+    max_tokens=6,
+    ignore_eos=True,
+    logit_bias={3: 2.0},
+    repetition_penalty=1.3,
+    frequency_penalty=0.1,
+    allowed_token_ids=list(range(2, 90)),
+    min_tokens=6,
+)
+
+
+def test_edits_of_logits_are_one_copy_more_and_no_wait(llama):
+    device = CountingDevice()
+    assert counted(opened(llama, device), device, EDITED)["captured"] == {(2, 1)}
+    assert tokens_of(opened(llama, CountingDevice()), EDITED) == tokens_of(opened(llama), EDITED)
+
+
 def counted(llm, device, params):
     """Run the prompts; return the (copies, waits) that steps took, by whether a graph ran them."""
     engine, kinds = llm._engine, {"captured": set(), "plain": set()}

@@ -62,6 +62,7 @@ FAULTS = {  # what is wrong: (file, text, text in its place, check that must fai
     "K/V to the wrong slot": ("write_kv", "offset = slot % BLOCK_SIZE", "offset = slot // 4 % BLOCK_SIZE", attend()),
     "norm over the padding": ("rms_norm", "/ size", "/ PADDED", run(test_rows.test_rms_norm, 100, True, True, F32)),
     "heads of a norm mixed up": ("rms_norm", "row % heads * x_head", "row % heads * x_head // 2", run(test_rows.test_rms_norm_of_strided_heads)),
+    "another row is picked": ("rms_norm", "tl.load(picked + row)", "tl.load(picked + row // 2)", run(test_rows.test_rms_norm_of_rows_that_are_picked)),
     "residual not counted": ("rms_norm", "h += tl.load(", "h -= tl.load(", run(test_rows.test_rms_norm, 100, True, True, F32)),
     "rotation backwards": ("rotary", "rounded(b * c, dtype, WIDEN).to(tl.float32) +", "rounded(b * c, dtype, WIDEN).to(tl.float32) -", run(test_rows.test_rotary, 3, 16, 8, False, F32)),
     "rest not copied": ("rotary", "if COPIES", "if not COPIES", run(test_rows.test_rotary, 2, 20, 6, False, F32)),

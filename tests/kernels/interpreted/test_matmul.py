@@ -82,6 +82,13 @@ def test_grouped_matmul_gives_each_row_its_experts_weight(counts, dtype, device)
     assert_near(y, wanted, dtype)
 
 
+def test_grouped_matmul_takes_weights_that_are_kept_input_first(device):
+    x, weights = torch.randn(5, 36, device=device), torch.randn(2, 36, 50, device=device).transpose(1, 2)
+    y = poisoned(5, 50, device=device)
+    grouped_matmul(x, weights, torch.tensor([0, 2, 5], dtype=torch.int32, device=device), y)
+    assert_near(y, torch.cat([x[:2] @ weights[0].T, x[2:] @ weights[1].T]))
+
+
 def test_grouped_matmul_of_sorted_rows_leaves_rows_of_nobody_alone(device):
     x, weights = torch.randn(6, 32, device=device), torch.randn(2, 8, 32, device=device)
     y = poisoned(6, 8, device=device)

@@ -157,3 +157,27 @@ def test_a_quantized_model_runs_on_the_kernels(model_type, impl, method, tmp_pat
     assert norms
     assert llm._engine.runner.model.features.captures_decode == (impl == "native_llama")
     assert tokens_of(llm) == tokens_of(served(folder, "cpu", quantization=method, model_impl=impl))
+
+
+BLOCKS = ("merged-linears", "rms-norm", "gated-mlp", "attention-block", "decoder-layer")
+WITH_EXPERTS = ("merged-linears", "rms-norm", "grouped-experts", "attention-block", "decoder-layer")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dtype", "patches"),
+    [
+        pytest.param("mixtral", "float32", WITH_EXPERTS, marks=pytest.mark.slow),
+        pytest.param("llama", "bfloat16", BLOCKS, marks=pytest.mark.slow),
+        pytest.param("gemma2", "bfloat16", BLOCKS[:-1], marks=pytest.mark.slow),  # 1 + w, rounded once
+        pytest.param("qwen3", "float16", BLOCKS, marks=pytest.mark.slow),  # norms by head
+        pytest.param(
+            "gpt_oss", "float32", WITH_EXPERTS[:3], marks=pytest.mark.slow
+        ),  # experts input first, with a bias
+    ],
+)
+def test_a_module_of_transformers_runs_on_the_kernels(model_type, dtype, patches, tmp_path):
+    folder = tiny_checkpoint(model_type, tmp_path)
+    asked = {"model_impl": "transformers", "dtype": dtype}
+    llm = served(folder, "triton", **asked)
+    assert llm._engine.runner.model.features.patches == (*patches, "child-lookup")
+    assert tokens_of(llm) == tokens_of(served(folder, "cpu", disable_patches=patches, **asked))

@@ -20,6 +20,9 @@ class NormKernel:
     def __call__(self, x: Tensor) -> Tensor:
         return self._into(x, None, None)
 
+    def of_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        return self(x.index_select(0, rows))
+
     def add(self, x: Tensor, residual: Tensor, summed: Tensor) -> Tensor:
         return self._into(x, residual.data_ptr(), summed.data_ptr())
 

@@ -46,6 +46,9 @@ class CpuKernels:
         made = self.library.make(spec)
         return None if made is None else KernelFunction(self.library, made, spec, kept)
 
+    def experts(self, weights: Tensor, bias: Tensor | None) -> None:
+        """Experts are multiplied with one after the other, each by `linear`."""
+
     def rms_norm(self, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> NormKernel | None:
         return NormKernel(self.library, weight, eps) if _is_plain(weight) and dtype is torch.float32 else None
 

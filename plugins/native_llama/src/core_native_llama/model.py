@@ -124,8 +124,8 @@ class LlamaModel(nn.Module):
         if self.stack is None or not self.stack.run(x, rotation, batch.attention):
             for layer in self.layers:
                 x = layer(x, rotation, batch)
-        rows = x if len(batch.logit_rows) == len(x) else x[batch.logit_rows]  # ascending, so all of them are x
-        logits: Tensor = self.head(self.norm(rows))
+        everything = len(batch.logit_rows) == len(x)  # ascending, so all of them are x
+        logits: Tensor = self.head(self.norm(x) if everything else self.norm.of_rows(x, batch.logit_rows))
         return logits
 
     def release(self, request_id: str) -> None:

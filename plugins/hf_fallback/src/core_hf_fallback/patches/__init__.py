@@ -7,6 +7,7 @@ named in the log and left out.
 merged-linears   linears that are given the very same tensor become one product (Q, K and V; gate and up)
 rms-norm         x / sqrt(mean(x^2) + eps) times w or 1 + w in four operations instead of eight
 gated-mlp        down(activation(gate(x)) * up(x)) in three calls
+grouped-experts  the experts of a mixture in two products over rows sorted by expert, on a GPU
 attention-block  projections, norms by head, rotation, attention and output in as few calls as that
 decoder-layer    x + attention(norm(x)), then + mlp(norm(that)), where additions join the norms that follow them
 layer-stack      such layers one after the other in a single call, where the device has kernels for it
@@ -19,7 +20,16 @@ from collections.abc import Iterable
 
 from core.errors import ConfigError
 
-NAMES = ("merged-linears", "rms-norm", "gated-mlp", "attention-block", "decoder-layer", "layer-stack", "child-lookup")
+NAMES = (
+    "merged-linears",
+    "rms-norm",
+    "gated-mlp",
+    "grouped-experts",
+    "attention-block",
+    "decoder-layer",
+    "layer-stack",
+    "child-lookup",
+)
 
 
 def check_names(names: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ answered in the recording forward. A call that is not like the recorded one goes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from core.contracts import Kernels
 from core_hf_fallback.interface import ATTRIBUTE, BOOKKEEPING, Binding, Call
 from core_hf_fallback.patches.calls import BlockCall, LinearCalls
-from core_hf_fallback.patches.operations import Norm, rotation
+from core_hf_fallback.patches.operations import Norm, Rotation, rotations
 from core_hf_fallback.patches.shapes import is_hooked, linears_of, others_of, replace_forwards, same, together
 
 GIVEN = frozenset({"hidden_states", "position_embeddings", "attention_mask", "past_key_values"})
@@ -32,7 +32,7 @@ class Parts:
     linears: list[nn.Module]  # of Q, K and V: one for all, or three
     project: Projections
     norms: tuple[Norm, Norm] | None  # of Q and of K, by head
-    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    rotate: Rotation
     output_linear: nn.Module
     output: Callable[[Tensor], Tensor]
     dim: int
@@ -43,32 +43,41 @@ class Parts:
         q, k, v = (part.view(tokens, -1, dim) for part in self.project(x))
         if self.norms is not None:
             q, k = self.norms[0](q), self.norms[1](k)
-        cos, sin = (angle.view(tokens, 1, dim) for angle in angles)
+        cos, sin = (self.rotate.angles(angle.view(tokens, 1, -1)) for angle in angles)
         return self.rotate(q, cos, sin), self.rotate(k, cos, sin), v
 
 
 def fuse_attention(module: nn.Module, calls: LinearCalls, kernels: Kernels | None) -> list[Callable[[], None]]:
     """Replace the forward of every such block; return how to undo each."""
-    return replace_forwards(module, calls, lambda block, _, call: recognise(block, call, kernels))
+    return replace_forwards(
+        module, calls, lambda block, path, call: recognise(block, path, call, calls.choices, kernels)
+    )
 
 
 @torch.inference_mode()
-def recognise(block: nn.Module, call: BlockCall, kernels: Kernels | None) -> Callable[..., Any] | None:
-    """Return the quicker form of a block that did in the recording forward what the formula does; else None."""
+def recognise(
+    block: nn.Module, path: str, call: BlockCall, choices: dict[str, str], kernels: Kernels | None
+) -> Callable[..., Any] | None:
+    """Return the quicker form of a block that did in the recording forward what the formula does; else None.
+
+    `choices` gets the way to rotate by the block's path; in a block that is like another it says which one.
+    """
     recorded = _recorded(block)
     if recorded is None or is_hooked(block) or call.args or block._parameters:
         return None
     x, angles = call.kwargs.get("hidden_states"), call.kwargs.get("position_embeddings")
-    if not _plain_call(call) or not isinstance(x, Tensor) or x.dtype != torch.float32 or not _are_angles(angles, x):
+    if not _plain_call(call) or not isinstance(x, Tensor) or not _are_angles(angles, x):
         return None
-    parts = _parts(block, recorded, kernels)
-    if parts is None or any(angle.numel() != x.shape[1] * parts.dim for angle in angles):
+    width = recorded.q.shape[-1]
+    if any(angle.numel() != x.shape[1] * angle.shape[-1] or angle.shape[-1] > width for angle in angles):
         return None
     if not isinstance(call.output, tuple) or len(call.output) != 2 or call.output[1] is not None:
         return None
-    if not call.of_another and not _did_so(parts, recorded, call):
-        return None
-    return FusedAttention(block, parts, recorded, call)
+    for parts in _parts(block, recorded, kernels, x.dtype):
+        if choices.get(path) == parts.rotate.form if call.of_another else _did_so(parts, recorded, call):
+            choices[path] = parts.rotate.form
+            return FusedAttention(block, parts, recorded, call)
+    return None
 
 
 def _did_so(parts: Parts, recorded: Call, call: BlockCall) -> bool:
@@ -85,6 +94,7 @@ class FusedAttention:
         self.further = call.kwargs.keys() - GIVEN
         self.name, self.args, self.mask = self.binding.name_of(block), recorded.args, call.kwargs.get("attention_mask")
         self.heads, self.kv_heads = recorded.q.shape[1], recorded.k.shape[1]
+        self.dtype, self.rotated = recorded.q.dtype, int(call.kwargs["position_embeddings"][0].shape[-1])
 
     @property
     def layer(self) -> int:
@@ -101,7 +111,7 @@ class FusedAttention:
     ) -> tuple[Tensor, None]:
         binding = self.binding
         usual = attention_mask is self.mask and past_key_values is None and others.keys() == self.further
-        if not usual or position_embeddings is None or hidden_states.dtype is not torch.float32 or binding.recording:
+        if not usual or position_embeddings is None or hidden_states.dtype is not self.dtype or binding.recording:
             answer: tuple[Tensor, None] = self.plain(
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
@@ -142,20 +152,24 @@ def _are_angles(angles: Any, x: Tensor) -> bool:
     return pair and all(angle.dtype == x.dtype and angle.is_contiguous() for angle in angles)
 
 
-def _parts(block: nn.Module, recorded: Call, kernels: Kernels | None) -> Parts | None:
+def _parts(block: nn.Module, recorded: Call, kernels: Kernels | None, dtype: torch.dtype) -> Iterator[Parts]:
+    """Yield what the block may be made of: each way to rotate."""
     linears = [part for _, part in linears_of(block)]
     norms = [vars(other).get("forward") for other in others_of(block) if list(other.parameters())]
     dim = recorded.q.shape[-1]
     by_head = [norm for norm in norms if isinstance(norm, Norm) and norm.size == dim]
     if len(linears) != 4 or len(norms) not in (0, 2) or len(by_head) != len(norms) or recorded.v.shape[-1] != dim:
-        return None
+        return
+    if any(norm.dtype != dtype for norm in by_head):
+        return
     sizes = [part.shape[1] * dim for part in (recorded.q, recorded.k, recorded.v)]
     if [part.out_features for part in linears[:3]] != sizes:
-        return None
+        return
     product = together(linears[:3])
     first = linears[:3] if product is None else [product]
     pair = (by_head[0], by_head[1]) if by_head else None
-    return Parts(first, _projections(first, sizes), pair, rotation(kernels), linears[3], linears[3].forward, dim)
+    for rotate in rotations(kernels, dtype):
+        yield Parts(first, _projections(first, sizes), pair, rotate, linears[3], linears[3].forward, dim)
 
 
 def _projections(linears: list[nn.Module], sizes: list[int]) -> Projections:

@@ -95,10 +95,15 @@ def linear_calls(module: nn.Module) -> Iterator[LinearCalls]:
 
     linears = [(path, part) for path, part in module.named_modules() if type(part) is nn.Linear]
     handles = [part.register_forward_pre_hook(hook(path)) for path, part in linears]
-    blocks = [(path, part) for path, part in module.named_modules() if path and part._modules]
+    blocks = [(path, part) for path, part in module.named_modules() if path and _is_block(part)]
     handles += [part.register_forward_hook(block_hook(path), with_kwargs=True) for path, part in blocks]
     try:
         yield found
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_block(part: nn.Module) -> bool:
+    """True for what holds others, or a stack of weights as if it did: experts."""
+    return bool(part._modules) or any(weight is not None and weight.dim() == 3 for weight in part._parameters.values())

@@ -34,7 +34,7 @@ def recognise(layer: nn.Module, path: str, calls: LinearCalls) -> Callable[..., 
         return None
     (call,) = calls.blocks[path]
     x = call.args[0] if call.args else None
-    if not isinstance(x, Tensor) or x.dtype != torch.float32 or len(call.args) != 1:
+    if not isinstance(x, Tensor) or any(norm.dtype != x.dtype for norm in norms) or len(call.args) != 1:
         return None
     (attention,), (mlp,) = (calls.blocks[f"{path}.{name}"] for name in blocks)
     if not call.of_another and not _did_so(x, call.output, norms, attention, mlp):
@@ -83,7 +83,7 @@ class FusedLayer:
         self._attend, self._feed = attention.forward, mlp.forward
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs.keys() != self.usual or hidden_states.dtype is not torch.float32:
+        if args or kwargs.keys() != self.usual or hidden_states.dtype is not self.before.dtype:
             answer: Tensor = self.plain(hidden_states, *args, **kwargs)
             return answer
         attended = self._attend(hidden_states=self.before(hidden_states), **kwargs, **self.added)[0]

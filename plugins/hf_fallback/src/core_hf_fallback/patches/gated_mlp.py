@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from core.contracts import Kernels
+from core.contracts import GateKernel, Kernels
 from core_hf_fallback.patches.calls import BlockCall, LinearCalls
 from core_hf_fallback.patches.operations import ACTIVATIONS, gated
 from core_hf_fallback.patches.shapes import is_hooked, linears_of, others_of, replace_forwards, same, together
@@ -37,18 +37,23 @@ def recognise(
     if len(call.args) != 1 or call.kwargs or is_hooked(block):
         return None
     x = call.args[0]
-    if not isinstance(x, Tensor) or x.dtype != torch.float32 or block._parameters:
+    if not isinstance(x, Tensor) or block._parameters:
         return None
     if len(others_of(block)) > 1 or any(len(list(other.parameters())) for other in others_of(block)):
         return None
-    for activation, made in _candidates(block, kernels):
-        if choices.get(path) == activation if call.of_another else same(made(x), call.output):
-            choices[path] = activation
-            return made
-    return None
+    candidates = list(_candidates(block, kernels, x.dtype))
+    if call.of_another:
+        return next((made for activation, made in candidates if choices.get(path) == activation), None)
+    found = [(activation, made, made(x)) for activation, made in candidates]
+    fitting = [one for one in found if same(one[2], call.output)]
+    if not fitting:
+        return None
+    # In half types more than one kind of GELU may fit.
+    choices[path], best, _ = min(fitting, key=lambda one: float((one[2] - call.output).abs().sum()))
+    return best
 
 
-def _candidates(block: nn.Module, kernels: Kernels | None) -> Iterator[tuple[str, Forward]]:
+def _candidates(block: nn.Module, kernels: Kernels | None, dtype: torch.dtype) -> Iterator[tuple[str, Forward]]:
     parts = [part for _, part in linears_of(block)]
     if len(parts) not in (2, 3):
         return
@@ -58,25 +63,33 @@ def _candidates(block: nn.Module, kernels: Kernels | None) -> Iterator[tuple[str
         return
     product = first[0] if len(first) == 1 else together(first)
     for activation in ACTIVATIONS:
-        yield (
-            activation,
-            FusedMLP([product] if product is not None else first, down, activation, kernels, block.forward),
-        )
+        gate = gated(activation, kernels, dtype)
+        if gate is not None:
+            whole = [product] if product is not None else first
+            kernel = None if kernels is None else kernels.gate(activation, dtype)
+            yield activation, FusedMLP(whole, down, activation, gate, kernel, block.forward, dtype)
 
 
 class FusedMLP:
     """The quicker form: a product for gate and up, or one for each."""
 
     def __init__(
-        self, first: list[nn.Module], down: nn.Module, activation: str, kernels: Kernels | None, plain: Forward
+        self,
+        first: list[nn.Module],
+        down: nn.Module,
+        activation: str,
+        gate: Forward,
+        kernel: GateKernel | None,
+        plain: Forward,
+        dtype: torch.dtype,
     ) -> None:
-        self.first, self.down, self.plain = first, down, plain
-        self.gate_kernel = None if kernels is None else kernels.gate(activation, torch.float32)
+        self.first, self.down, self.plain, self.dtype = first, down, plain, dtype
+        self.gate_kernel = kernel
         self._multiply, self._down = [part.forward for part in first], down.forward
-        self._gate, self._activation = gated(activation, kernels), ACTIVATIONS[activation]
+        self._gate, self._activation = gate, ACTIVATIONS[activation]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype is not torch.float32:
+        if x.dtype is not self.dtype:
             return self.plain(x)
         if len(self._multiply) == 1:
             inner = self._gate(self._multiply[0](x))

@@ -76,6 +76,8 @@ def parts_of(layer: Callable[..., Any]) -> LayerParts | None:
     attention, mlp = layer.attention.forward, layer.mlp.forward
     if not isinstance(attention, FusedAttention) or not isinstance(mlp, FusedMLP) or mlp.gate_kernel is None:
         return None
+    if attention.parts.rotate.interleaved or attention.rotated != attention.parts.dim:
+        return None
     if ANGLES not in layer.usual or MASK not in layer.usual:
         return None
     by_head: tuple[Norm | None, Norm | None] = attention.parts.norms or (None, None)

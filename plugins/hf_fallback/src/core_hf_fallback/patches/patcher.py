@@ -18,6 +18,7 @@ from core_hf_fallback.patches.calls import LinearCalls
 from core_hf_fallback.patches.child_lookup import enter_children
 from core_hf_fallback.patches.decoder_layer import fuse_layers
 from core_hf_fallback.patches.gated_mlp import fuse_gates
+from core_hf_fallback.patches.grouped_experts import group_experts
 from core_hf_fallback.patches.layer_stack import stack_layers
 from core_hf_fallback.patches.merged_linears import Merged, merge_linears
 from core_hf_fallback.patches.rms_norm import fuse_norms
@@ -38,6 +39,7 @@ RULES = (
     Rule("merged-linears", merge_linears, after_packing=False),
     Rule("rms-norm", fuse_norms),
     Rule("gated-mlp", fuse_gates),
+    Rule("grouped-experts", group_experts),
     Rule("attention-block", fuse_attention),
     Rule("decoder-layer", fuse_layers),
     Rule("layer-stack", stack_layers),

@@ -13,6 +13,7 @@ from core.layers.quantized import QuantizedLinear
 from core_hf_fallback.patches.calls import BlockCall, LinearCalls
 from core_hf_fallback.patches.merged_linears import Part
 
+HALF_ERROR = {torch.bfloat16: 2**-7, torch.float16: 2**-10}  # two roundings, by norm: products are added up otherwise
 LINEARS = (nn.Linear, PackedLinear, KernelLinear, QuantizedLinear, SharedLinear, Part)
 
 
@@ -62,5 +63,8 @@ def same(found: Tensor, wanted: object) -> bool:
     """True if two results differ by no more than the order of additions, and activations of 16 bits, explain."""
     if not isinstance(wanted, Tensor) or found.shape != wanted.shape or found.dtype != wanted.dtype:
         return False
+    if found.dtype in HALF_ERROR:
+        error = torch.linalg.vector_norm(found.float() - wanted.float())
+        return bool(error <= HALF_ERROR[found.dtype] * torch.linalg.vector_norm(wanted.float()))
     scale = float(wanted.abs().max()) if wanted.numel() else 0.0
     return torch.allclose(found, wanted, rtol=1e-4, atol=2e-4 * max(scale, 1e-6))
