@@ -412,5 +412,5 @@ def test_tracing_prints_every_call_with_plugin_and_answer(monkeypatch, capsys):
 
 def test_the_core_implements_its_own_hooks():
     own = PluginHost.load().plugins[-1]
-    assert own.hooks == ("provide_checkpoint", "provide_tokenizer", "resolve_attention_backend")
+    assert own.hooks == ("provide_checkpoint", "provide_tokenizer", "provide_kernels", "resolve_attention_backend")
     assert set(own.hooks) <= set(HOOKS)
