@@ -20,12 +20,12 @@ def compiled(*arguments, **environment):
 def test_a_selection_fits_two_targets():
     done = compiled(
         "--targets", "sm_90,gfx942", "--models", "Mistral-7B", "--json",
-        "--kernels", "paged_decode,write_kv,gather_rows",
+        "--kernels", "paged_decode,write_kv",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert {(one["target"], one["kernel"]) for one in found} == {
-        (target, kernel) for target in ("sm_90", "gfx942") for kernel in ("paged_decode", "write_kv", "gather_rows")
+        (target, kernel) for target in ("sm_90", "gfx942") for kernel in ("paged_decode", "write_kv")
     }
     for one in found:
         assert one["models"] == ["Mistral-7B"]

@@ -26,7 +26,7 @@ def all_are_large(monkeypatch, caplog):
     ("model_type", "overrides", "probed"),
     [
         ("llama", {}, 1),
-        ("gemma2", {"layer_types": [SLIDING, FULL] * 4}, 2),
+        ("gemma3_text", {"layer_types": [SLIDING, FULL] * 4}, 2),
         ("qwen3_moe", {"mlp_only_layers": [2]}, 2),  # one layer without experts
         ("deepseek_v3", {}, 2),
         ("gpt2", {}, 1),
