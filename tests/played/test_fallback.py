@@ -11,6 +11,7 @@ OPTIONS = {"device": "cuda:0", "attention_backend": "torch_reference", "kv_cache
 TIERS = {
     "llama": "paged",
     "gpt2": "paged",
+    "mixtral": "paged",
     "mamba2": "rows",
     "bamba": "rows",
     "lfm2": "rows",
