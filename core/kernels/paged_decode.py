@@ -26,7 +26,7 @@ from core.kernels.chip import Chip, Launch, chip_of
 from core.kernels.merge_splits import merge_splits
 
 NAME = "paged_decode"
-SPLIT = 1024  # keys
+SPLIT = 512  # keys
 
 
 @triton.jit(
