@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from core import LLM, SamplingParams
 from core.decode_graphs import Sizes
+from core.device import NotCaptured
 from core.request import Request
 from core.runner import Runner
 from core.sampler import Sampler
@@ -168,6 +169,41 @@ def test_captured_steps_give_the_same_tokens(ran):
     captured = ran("greedy", "captured")
     assert captured.tokens == ran("greedy", "without").tokens
     assert 0 < captured.device.captures < captured.device.replays
+
+
+def test_captured_steps_of_the_fallback_give_the_same_tokens(llama, ran):
+    device = CountingDevice()
+    found = run(opened(llama, device, model_impl="transformers"), device)
+    assert found.tokens == ran("greedy", "without").tokens
+    assert 0 < device.captures < device.replays
+
+
+class FrozenGraph(PlayedGraph):
+    """Gives the first step's logits again, as if Python had decided them."""
+
+    def replay(self):
+        self.device.replays += 1
+        return self.output
+
+
+def test_a_graph_of_the_fallback_that_differs_from_a_plain_step_is_given_up(llama, ran, caplog):
+    device = CountingDevice()
+    device.capture = lambda run: FrozenGraph(device, run)
+    llm = opened(llama, device, model_impl="transformers")
+    graphs = llm._engine.runner.graphs
+    assert run(llm, device).tokens == ran("greedy", "without").tokens
+    assert "a graph's logits differ from a plain step's" in graphs.given_up
+    assert caplog.text.count("are not captured as graphs") == 1
+
+
+def test_a_step_that_waits_is_run_plainly(llama, ran):
+    def refuse(run):
+        raise NotCaptured("a step waits for the GPU")
+
+    device = CountingDevice()
+    device.capture = refuse
+    assert run(opened(llama, device, model_impl="transformers"), device).tokens == ran("greedy", "without").tokens
+    assert device.replays == 0
 
 
 def test_a_window_is_kept_in_captured_steps(tmp_path):
