@@ -63,7 +63,16 @@ class Tile:
     num_stages: int
 
 
+HOPPER = 90
+# By rows, where 128 columns share a scale; timed on an H200.
+ON_HOPPER = {16: Tile(16, 32, 128, 4, 3), 64: Tile(64, 64, 128, 4, 3)}
+MANY_ON_HOPPER = Tile(128, 128, 64, 8, 3)
+
+
 def choose_tile(rows: int, half: bool, weight: Codes, target: Target) -> Tile:
+    wide = weight.groups == 1 or weight.group % 128 == 0
+    if target.arch == HOPPER and half and wide and weight.table is None:
+        return next((tile for most, tile in ON_HOPPER.items() if rows <= most), MANY_ON_HOPPER)
     few = rows <= FEW
     columns = 64 if weight.groups == 1 or weight.group % 64 == 0 else 32
     return Tile(
