@@ -74,7 +74,7 @@ def choose_tile(rows: int, half: bool, weight: Codes, target: Target) -> Tile:
     if target.arch == HOPPER and half and wide and weight.table is None:
         return next((tile for most, tile in ON_HOPPER.items() if rows <= most), MANY_ON_HOPPER)
     few = rows <= FEW
-    columns = 64 if weight.groups == 1 or weight.group % 64 == 0 else 32
+    columns = 64 if half and (weight.groups == 1 or weight.group % 64 == 0) else 32
     return Tile(
         rows=FEW if few else 64 if half else 32,
         outputs=32 if not half else 128 if few else 64,
