@@ -10,7 +10,7 @@ from typing import Any
 
 from core.config import EngineConfig
 from core.device import forget_cached
-from core.engine_build import build_engine
+from core.engine_build import build_engine, sized
 from core.engine_info import EngineInfo
 from core.errors import ConfigError, CoreError, InvalidParameter
 from core.memory import give_back
@@ -32,7 +32,7 @@ class LLM:
     def __init__(self, model: str | None = None, **options: Any) -> None:
         config = EngineConfig.from_options(model=None if model is None else str(model), **options)
         if config.max_mixed_prefill_tokens is None:  # nobody waits for the next piece of a text: all at full speed
-            config = replace(config, max_mixed_prefill_tokens=config.max_num_batched_tokens)
+            config = replace(config, max_mixed_prefill_tokens=sized(config).max_num_batched_tokens)
         self._engine = build_engine(config)
         self._numbers = itertools.count()
         self._closed = False
