@@ -13,6 +13,7 @@ from core.testing import assert_matches_dequantized
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1200)]
 IMPLS = ("native_llama", "transformers")
 ON_THE_FLY = ("int4", "int8", "bitsandbytes-nf4", "bitsandbytes-fp4", "bitsandbytes-int8")
+TOLERANCE = 0.03  # of logprobs: kernels may bring activations to 16 bits, which 30 layers amplify; tokens are the same
 QUESTIONS = (
     "What is the capital of Italy? Answer in one sentence.",
     "Write two lines about the moon.",
@@ -35,7 +36,8 @@ def prompts_for(model):
 def answers_like_its_floats(model, impl, **options):
     """All questions at once, in steps of 32 tokens: prompts are cut, and their pieces run beside others' answers."""
     steps = {"block_size": 16, "max_num_batched_tokens": 32, **options}
-    return assert_matches_dequantized(model, impl, prompts=prompts_for(model), max_tokens=32, **steps)
+    asked = {"prompts": prompts_for(model), "max_tokens": 32, "tolerance": TOLERANCE}
+    return assert_matches_dequantized(model, impl, **asked, **steps)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -16,7 +16,7 @@ from core.testing import assert_matches_dequantized, tiny_checkpoint
 from core_quant_awq.absorb import apply_scale, find_absorber
 from core_quant_awq.packing import rows_of_gemm, words_of_rows
 from core_quant_awq.quantizer import AwqQuantizer
-from core_quant_awq.rounding import Rounding
+from core_quant_awq.rounding import Rounding, codes_with_feedback
 from core_quant_awq.search import best_clip, best_scale, clip_groups
 
 SETTINGS = QuantizeSettings(group_size=16)
@@ -112,6 +112,26 @@ def test_scales_and_clips_lessen_the_error_of_the_outputs():
     assert error_of(weight, scaled, gram) < 0.5 * error_of(weight, rounding(weight), gram)
     clipped = best_clip(weight, torch.eye(64), 16, lambda w, share: rounding(clip_groups(w, share, 16)))
     assert error_of(weight, rounding(clipped), torch.eye(64)) < error_of(weight, rounding(weight), torch.eye(64))
+
+
+def test_rounding_makes_good_what_it_costs_and_keeps_scales_and_zeros():
+    torch.manual_seed(0)
+    x = torch.randn(512, 64) @ torch.randn(64, 64)  # inputs that go together
+    weight, gram, rounding = torch.randn(96, 64), x.T @ x / len(x), Rounding(16)
+    nearest, scales, zeros = rounding.codes(weight)
+    codes = codes_with_feedback(weight, gram, scales, zeros)
+
+    def floats(codes):
+        return ((codes.float().unflatten(1, (-1, 16)) - zeros.unsqueeze(-1)) * scales.float().unsqueeze(-1)).flatten(1)
+
+    assert error_of(weight, floats(codes), gram) < 0.8 * error_of(weight, floats(nearest), gram)
+
+
+def test_inputs_that_never_come_are_rounded_to_something_and_change_nothing():
+    gram = torch.diag(torch.cat([torch.ones(16), torch.zeros(16)]))
+    weight = torch.randn(8, 32)
+    codes = codes_with_feedback(weight, gram, *Rounding(16).codes(weight)[1:])
+    assert torch.equal(codes[:, :16], Rounding(16).codes(weight)[0][:, :16].to(torch.uint8))
 
 
 def test_packing_is_undone_by_reading():

@@ -1,4 +1,8 @@
-"""Makes AWQ checkpoints (Lin et al. 2023): scales that spare the weights which matter, folded away; clips; rounding."""
+"""Makes AWQ checkpoints (Lin et al. 2023): scales that spare the weights which matter, folded away; clips; rounding.
+
+Within the range that its clip leaves a group, a column is rounded so that it makes good what those before it cost
+(Frantar et al. 2022): the format asks for no way of rounding, and this one moves the outputs least.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from core.layers import unpack_codes
 from core.quantize.layer import DecoderLayer, InputGroup
 from core_quant_awq.absorb import apply_scale, find_absorber
 from core_quant_awq.packing import codes_of_gemm, rows_of_gemm, words_of_rows
-from core_quant_awq.rounding import Rounding
+from core_quant_awq.rounding import Rounding, codes_with_feedback
 from core_quant_awq.search import best_clip, best_scale, clip_groups
 
 logger = logging.getLogger("core_serve.quant_awq")
@@ -61,13 +65,15 @@ class AwqQuantizer:
 
     def _packed(self, weight: Tensor, gram: Tensor | None) -> Mapping[str, Tensor]:
         rounding = self._rounding(weight.shape[1])
-        if gram is not None:
+        if gram is None:
+            codes, scales, zeros = rounding.codes(weight)
+        else:
 
             def round_clipped(weight: Tensor, share: float) -> Tensor:
                 return rounding(clip_groups(weight, share, rounding.group_size))
 
-            weight = best_clip(weight, gram, rounding.group_size, round_clipped)
-        codes, scales, zeros = rounding.codes(weight)
+            _, scales, zeros = rounding.codes(best_clip(weight, gram, rounding.group_size, round_clipped))
+            codes = codes_with_feedback(weight, gram, scales, zeros)
         return {
             "qweight": words_of_rows(codes.T.contiguous()),
             "qzeros": words_of_rows(zeros.T.contiguous()),

@@ -1,9 +1,5 @@
 """Makes GPTQ checkpoints (Frantar et al. 2022): columns are rounded one after the other, and what rounding one of them
-costs is made good, as far as the calibration inputs allow, by those that come after.
-
-For inputs with H = mean x.T @ x, rounding column j with error e moves the columns k > j by -e * U[j, k] / U[j, j],
-where U is the upper Cholesky factor of H's inverse.
-"""
+costs is made good by those that come after."""
 
 from __future__ import annotations
 
@@ -15,11 +11,11 @@ from torch import Tensor
 
 from core.contracts import QuantizeSettings
 from core.layers import pack_codes, unpack_codes
+from core.quantize.feedback import round_columns
 from core.quantize.layer import DecoderLayer
 
 BITS, MOST, MIDDLE = 4, 15, 8
-DAMP = 0.01  # of the mean of H's diagonal, added to it
-BLOCK = 128  # columns whose errors are carried on together
+DAMP = 0.01
 
 
 class GptqQuantizer:
@@ -89,35 +85,16 @@ def _words(codes: Tensor) -> Tensor:
 
 def _round_columns(weight: Tensor, gram: Tensor, size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes uint8 [out, in], scales float16 and zeros [out, groups] of a weight whose columns are in order."""
-    weight, width = weight.clone(), weight.shape[1]
-    dead = gram.diagonal() <= 0
-    weight[:, dead] = 0
-    upper = _inverse_factor(gram, dead)
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     found: list[tuple[Tensor, Tensor]] = []
-    for start in range(0, width, BLOCK):
-        end = min(start + BLOCK, width)
-        errors = torch.zeros(len(weight), end - start, device=weight.device)
-        for column in range(start, end):
-            if column % size == 0:
-                found.append(_range(weight[:, column : column + size], symmetric))
-            scale, zero = found[-1]
-            code = (weight[:, column] / scale + zero).round().clamp(0, MOST)
-            codes[:, column] = code.to(torch.uint8)
-            error = (weight[:, column] - (code - zero) * scale) / upper[column, column]
-            weight[:, column:end] -= error[:, None] * upper[column, column:end]
-            errors[:, column - start] = error
-        weight[:, end:] -= errors @ upper[start:end, end:]
+
+    def ranges(column: int, rest: Tensor) -> tuple[Tensor, Tensor]:
+        if column % size == 0:
+            found.append(_range(rest[:, :size], symmetric))
+        return found[-1]
+
+    codes = round_columns(weight, gram, ranges, MOST, DAMP)
     scales, zeros = (torch.stack(values, 1) for values in zip(*found, strict=True))
     return codes, scales.half(), zeros
-
-
-def _inverse_factor(gram: Tensor, dead: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the damped matrix's inverse, float32 [in, in]."""
-    damped = gram.double() + torch.diag(dead.double())
-    damped.diagonal().add_(DAMP * damped.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
 
 
 def _range(group: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
