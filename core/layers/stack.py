@@ -39,12 +39,14 @@ class LayerStack:
         False, with nothing done, where they have to run one by one: they are looked at, x is not float32, the
         attention backend is not the kernel's own, or there are so many tokens that one by one is no slower.
         """
-        if attention is None or x.dtype is not torch.float32 or self.is_hooked:
-            return False
-        if not self.kernel.takes(attention, len(x)):
+        if attention is None or x.dtype is not torch.float32 or not self.takes(attention, len(x)):
             return False
         self.kernel.run(x, *rotation, attention, 0, self.count)
         return True
+
+    def takes(self, attention: AttentionBackend | None, tokens: int) -> bool:
+        """True if a step of so many tokens in float32 runs in one call."""
+        return attention is not None and not self.is_hooked and self.kernel.takes(attention, tokens)
 
 
 @dataclass(frozen=True)

@@ -99,12 +99,14 @@ def test_layers_together_give_the_numbers_of_layers_one_by_one(name, runs, tmp_p
     assert_same_together(checkpoint_of(name, tmp_path), runs)
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_the_number_of_threads_changes_nothing(count, threads, runs, tmp_path):
+def test_the_number_of_threads_changes_nothing(threads, runs, tmp_path):
     folder = checkpoint_of("llama", tmp_path)
-    wanted = answers(folder)
-    threads(count)
-    assert answers(folder) == wanted
+    wanted = None
+    for count in (1, 2, 5):
+        threads(count)
+        found = answers(folder)
+        wanted = wanted or found
+        assert found == wanted, f"{count} threads"
     assert runs.together > 0
 
 
