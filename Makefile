@@ -19,7 +19,7 @@ SURVEY := core-serve supported-models --jobs $(JOBS)
 EDITABLE := $(foreach project,$(PROJECTS),-e '$(patsubst %/pyproject.toml,%,$(project))[dev]')
 SOURCES := core tests plugins bench
 
-.PHONY: serve test test-grid test-real test-oldest conformance supported-models check fix docs bench
+.PHONY: serve test test-grid test-gpu test-real test-oldest conformance supported-models check fix docs bench
 
 serve: $(READY)
 	$(BIN)/core-serve $(ARGS)
@@ -30,6 +30,10 @@ test: $(READY)
 # Every case of the GPU kernels, on the CPU.
 test-grid: $(READY)
 	$(BIN)/python -m pytest -q -m grid tests/kernels $(ARGS)
+
+# The kernels and the engine on the GPU of this machine.
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -q tests/gpu tests/kernels/interpreted $(ARGS)
 
 # A real model, quantized by every method, against its own dequantized weights: a quarter of an hour.
 test-real: $(READY)

@@ -179,6 +179,7 @@ class ModelFeatures:
     prefix_caching: bool = True  # False: there is state that blocks do not hold, or K depends on the text's length
     patches: tuple[str, ...] = ()  # what was changed in somebody else's module to make it faster; shown to the user
     captures_decode: bool = False  # True: of a decode step it reads tensors alone, so a graph of one serves the next
+    captures_on_trial: bool = False  # True: that is likely, not known; each graph is compared with a plain step once
     restart_after: int | None = None  # a text that grows past so many tokens is computed anew from its first token
 
 

@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 
+class NotCaptured(Exception):
+    """Why a run of kernels cannot be captured, or not be replayed."""
+
+
 class Graph(Protocol):
     """A captured run of kernels."""
 
@@ -47,7 +51,7 @@ class DeviceModule(Protocol):
         ...
 
     def capture(self, run: Callable[[], Tensor]) -> Graph:
-        """Record what `run` does; it runs at least once. It must neither wait nor copy."""
+        """Record what `run` does; it runs at least once. Raises NotCaptured if it waits or copies."""
         ...
 
 
@@ -98,6 +102,7 @@ class CudaDevice:  # pragma: no cover - gpu
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.pool = device, torch.cuda.graph_pool_handle()
+        torch.backends.cudnn.allow_tf32 = False  # float32, where it is asked for; torch's products have it so already
 
     def memory(self) -> tuple[int, int]:
         torch.cuda.empty_cache()
@@ -122,8 +127,26 @@ class CudaDevice:  # pragma: no cover - gpu
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # kernels are compiled and libraries make workspaces: not to be captured
                 run()
+                self._refuse_waiting(run)  # found out here: a capture that fails leaves the allocator in its state
             torch.cuda.current_stream().wait_stream(side)
-            return CudaGraph(run, self.pool)
+            try:
+                return CudaGraph(run, self.pool)
+            except RuntimeError as error:
+                raise NotCaptured(_first_line(error)) from error
+
+    def _refuse_waiting(self, run: Callable[[], Tensor]) -> None:
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        except RuntimeError as error:
+            raise NotCaptured(f"a step waits for the GPU ({_first_line(error)})") from error
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def device_module(device: torch.device) -> DeviceModule:

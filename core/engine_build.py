@@ -17,7 +17,7 @@ from core.device import device_module
 from core.engine import Engine
 from core.engine_info import EngineInfo
 from core.errors import ConfigError, CoreError
-from core.kv_memory import kv_bytes, size_memory
+from core.kv_memory import GPU_SPARE, kv_bytes, size_memory
 from core.memory import give_back
 from core.model_loader import BuildAttempt, BuildContext, build_model
 from core.plugins import PluginHost
@@ -148,12 +148,13 @@ def _assemble(
     chunked = model.features.chunked_prefill
     step = config.max_num_batched_tokens if chunked else max(config.max_num_batched_tokens, max_model_len)
     device = device_module(context.device)
-    memory = size_memory(config, specs, max_model_len, step, kv_bytes(config, device))
+    prefix_caching = config.enable_prefix_caching and model.features.prefix_caching
+    spare = GPU_SPARE if device.stages and prefix_caching else 1
+    memory = size_memory(config, specs, max_model_len, step, kv_bytes(config, device), spare)
     max_model_len = min(max_model_len, memory.num_blocks * config.block_size)  # no request can be longer than the pool
     attention = context.make_attention()
     if specs:
         attention.allocate(specs, memory.by_layer(specs), config.block_size)
-    prefix_caching = config.enable_prefix_caching and model.features.prefix_caching
     if config.enable_prefix_caching and not prefix_caching:
         logger.info(
             "prefix caching is off: what %s keeps of a token depends on more than the tokens before it, or is not in "

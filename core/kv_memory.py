@@ -16,6 +16,7 @@ from core.window_blocks import WindowPool, most_blocks
 logger = logging.getLogger("core_serve")
 HOST_BYTES = 2 * 1024**3  # for K/V on a CPU, where nothing else is asked for
 DEFAULT_FRACTION = 0.88  # of a GPU's memory
+GPU_SPARE = 4  # a GPU's memory has no other use, so finished texts are kept as long as it holds them
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,15 @@ def kv_bytes(config: EngineConfig, device: DeviceModule) -> int:
 
 
 def size_memory(
-    config: EngineConfig, specs: Sequence[KVSpec], max_model_len: int, tokens_a_step: int, memory: int
+    config: EngineConfig, specs: Sequence[KVSpec], max_model_len: int, tokens_a_step: int, memory: int, spare: int = 1
 ) -> KVMemory:
     """Choose the sizes for a model. Raises ConfigError if not even one block fits into `memory` bytes.
 
-    `tokens_a_step`: the most tokens that a step may add to the cache.
+    `tokens_a_step`: the most tokens that a step may add to the cache. `spare`: how many times what runs at a time may
+    be kept, for the prefix cache's sake.
     """
     per_request = -(-max_model_len // config.block_size)
-    usable = per_request * config.max_num_seqs
+    usable = per_request * config.max_num_seqs * spare
     sizes = _Sizes(config, specs, tokens_a_step)
     if config.num_blocks is not None:
         return sizes.memory(config.num_blocks)

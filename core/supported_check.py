@@ -125,30 +125,42 @@ def one_line(error: BaseException) -> str:
 # ------------------------------------------------------------------------------------------------ steps
 
 
-def check(model_type: str, class_name: str, code: str, context: Any, seconds: float) -> Checked:
-    """Check one model type, each step in its own process of at most `seconds`."""
+@dataclass(frozen=True)
+class Steps:
+    """How the steps of one check are run."""
+
+    context: Any  # of multiprocessing
+    seconds: float  # the most for each
+    device: str = "cpu"  # that serves
+
+    def run(self, step: Callable[..., Any], *arguments: Any) -> Any:
+        """Raises Stopped."""
+        return in_process(self.context, self.seconds, step, *arguments)
+
+    def serve(self, folder: str, model_impl: str) -> Served:
+        try:
+            served: Served = self.run(serve, folder, model_impl, self.device)
+        except Stopped as reason:
+            return Served("crashed", str(reason))
+        return served
+
+
+def check(model_type: str, class_name: str, code: str, steps: Steps) -> Checked:
+    """Check one model type."""
     known: dict[str, Any] = {"model_type": model_type, "class_name": class_name, "code": code}
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            in_process(context, seconds, build, model_type, scratch)
+            steps.run(build, model_type, scratch)
         except Stopped as reason:
             return Checked(**known, unbuilt=str(reason))
         try:
-            known["unsure"] = in_process(context, seconds, ask_transformers, scratch)
+            known["unsure"] = steps.run(ask_transformers, scratch)
         except Stopped as reason:
             return Checked(**known, unsure=str(reason))
-        auto = _serve(context, seconds, scratch, "auto")
+        auto = steps.serve(scratch, "auto")
         # Where the fallback won the bidding, asking for it by name would build the same once more.
-        fallback = auto if auto.is_fallback else _serve(context, seconds, scratch, "transformers")
+        fallback = auto if auto.is_fallback else steps.serve(scratch, "transformers")
         return Checked(**known, auto=auto, fallback=fallback)
-
-
-def _serve(context: Any, seconds: float, folder: str, model_impl: str) -> Served:
-    try:
-        served: Served = in_process(context, seconds, serve, folder, model_impl)
-    except Stopped as reason:
-        return Served("crashed", str(reason))
-    return served
 
 
 def build(model_type: str, folder: str) -> None:
@@ -176,7 +188,7 @@ def ask_transformers(folder: str) -> str:
     return ""
 
 
-def serve(folder: str, model_impl: str) -> Served:
+def serve(folder: str, model_impl: str, device: str) -> Served:
     """Step 3: the same prompts together, twice, in chunks of a few tokens."""
     import torch
 
@@ -186,7 +198,7 @@ def serve(folder: str, model_impl: str) -> Served:
     wanted = [Answer(*answer) for answer in torch.load(Path(folder) / "answers.pt")]
     with contextlib.ExitStack() as stack:
         try:
-            llm = stack.enter_context(LLM(model=folder, **tight_options(model_impl)))
+            llm = stack.enter_context(LLM(model=folder, **tight_options(model_impl) | {"device": device}))
         except CoreError as error:
             return Served("refused", one_line(error))
         declined = [[name, reason] for name, reason in llm.info.attempts if reason is not None]

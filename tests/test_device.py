@@ -202,14 +202,15 @@ class Played:
         self.cuda.asked.append("replay")
 
 
-def test_a_capture_runs_once_beside_and_once_inside_the_graph(monkeypatch):
+def test_a_capture_runs_beside_the_graph_then_without_waiting_then_inside_it(monkeypatch):
     cuda = PlayedCuda()
     monkeypatch.setattr(torch, "cuda", cuda)
     graph = CudaDevice(torch.device("cuda:1")).capture(lambda: cuda.asked.append("run") or torch.ones(2))
     assert cuda.asked == [
         "graph_pool_handle", "device", "in device",
         "Stream", "current_stream", "Stream waits for current_stream",
-        "stream", "in stream", "run", "out of stream",
+        "stream", "in stream", "run",
+        "get_sync_debug_mode", "set_sync_debug_mode", "run", "set_sync_debug_mode", "out of stream",
         "current_stream", "current_stream waits for Stream",
         "CUDAGraph", "graph", "in graph", "run", "out of graph", "out of device",
     ]  # fmt: skip

@@ -33,8 +33,20 @@ import click
     help="Compare with this table; print each difference and end with exit code 1 if there is one.",
 )
 @click.option("--time-limit", type=float, default=180.0, show_default=True, metavar="SECONDS", help="For each step.")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="That serves; references run on a CPU.",
+)
 def supported_models(
-    only: str, jobs: int, results: Path | None, output: Path | None, committed: Path | None, time_limit: float
+    only: str,
+    jobs: int,
+    results: Path | None,
+    output: Path | None,
+    committed: Path | None,
+    time_limit: float,
+    device: str,
 ) -> int:
     """Build a tiny random model of every causal architecture of transformers, serve it, compare with `generate`.
 
@@ -43,11 +55,13 @@ def supported_models(
     """
     import transformers
 
-    from core.supported_models import choose, survey
+    from core.engine_build import choose_device
+    from core.supported_models import Survey, choose, survey
     from core.supported_page import differences, markdown, short
 
     chosen = [name.strip() for name in only.split(",") if name.strip()]
-    found = survey(choose(chosen), jobs, results, lambda each: click.echo(short(each), err=True), time_limit)
+    how = Survey(jobs, results, time_limit, choose_device(device))
+    found = survey(choose(chosen), how, lambda each: click.echo(short(each), err=True))
     page = markdown(found, transformers.__version__)
     if output is not None:
         output.write_text(page)

@@ -62,11 +62,12 @@ class Launch:
     num_stages: int = 2
     uses_tensor_cores: bool = False  # what `kernels compile` must find in the machine code
     loads_wide: bool = True  # 16 bytes at a time
+    fuses: bool = True  # a * b + c in one rounding, also where the product was to be rounded to a half type before
 
     @property
     def options(self) -> dict[str, Any]:
-        """Return Triton's own options; a * b + c in one rounding is said aloud, since its default is to change."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        """Return Triton's own options; the fusing is said aloud, since its default is to change."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.fuses}
 
 
 @dataclass(frozen=True)

@@ -141,4 +141,5 @@ def key_of(launch: Launch) -> Mapping[str, Any]:
         "attributes": tuple(source.attrs),
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
+        "fuses": launch.fuses,
     }

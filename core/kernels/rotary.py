@@ -121,4 +121,4 @@ def rotary(
         "WIDEN": chip.interpreted,
     }
     wide = heads * half >= 8 * warps * chip.target.warp_size  # few and narrow heads leave a lane less than 16 bytes
-    chip.run(Launch(rotary_kernel, (tokens, -(-count // heads)), args, warps, loads_wide=wide))
+    chip.run(Launch(rotary_kernel, (tokens, -(-count // heads)), args, warps, loads_wide=wide, fuses=False))

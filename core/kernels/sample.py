@@ -9,11 +9,13 @@ Tokens are thought of in falling order of their logits, equal ones by rising id.
     T = 0   the first of all
 
 Nothing is sorted: each step looks for the logit at which a count or a sum passes its goal, by halving the range of
-float32 seen as ordered integers, at most 32 passes over the row; ties at that logit are counted. Top-p: Holtzman et al.
-2020; min-p: Nguyen et al. 2024; the random number is splitmix64 (Steele, Lea, Flood 2014) of seed and step.
+float32 seen as ordered integers, at most 32 passes; ties at that logit are counted. What lies above the least of the
+row's CANDIDATES highest logits is counted among them, which is nearly every pass; the others read the whole row. Top-p:
+Holtzman et al. 2020; min-p: Nguyen et al. 2024; the random number is splitmix64 (Steele, Lea, Flood 2014) of seed and
+step.
 
 logits [rows, vocab]; temperature, top_p, min_p [rows] float64; top_k [rows] int32; seeds, steps, out [rows] int64
-One program a row; sums in float64. Registers: BLOCK / threads logits. Shared memory: a few floats, for sums.
+One program a row; sums in float64. Registers: BLOCK / threads logits and sums. Shared memory: a few floats, for sums.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from core.kernels.chip import Chip, Launch, chip_of
 
 NAME = "sample"
 BLOCK = 4096
+CANDIDATES = 1024  # that torch picks out of each row
 
 
 @triton.jit
@@ -53,25 +56,34 @@ def value_of(key: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def from_key(
-    row: tl.tensor, low: tl.tensor, best: tl.tensor, cold: tl.tensor, least: tl.tensor, vocab: tl.tensor,
-    BLOCK: tl.constexpr,
+    row: tl.tensor, highest: tl.tensor, cut: tl.tensor, low: tl.tensor, best: tl.tensor, cold: tl.tensor,
+    least: tl.tensor, vocab: tl.tensor, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Return how many tokens have key >= low and weight >= least, and the sum of their weights (float64)."""
-    count = tl.zeros([], tl.int32)
-    mass = tl.zeros([], tl.float64)
-    for start in range(0, vocab, BLOCK):
+    """Return how many tokens have key >= low and weight >= least, and the sum of their weights (float64).
+
+    All keys above `cut` are among the COUNT `highest`.
+    """
+    source = row
+    end = vocab
+    if low > cut:
+        source = highest
+        end = COUNT
+    counts = tl.zeros([BLOCK], tl.int32)
+    masses = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, end, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        x = tl.load(row + place, mask=place < vocab, other=float("-inf")).to(tl.float32)
+        x = tl.load(source + place, mask=place < end, other=float("-inf")).to(tl.float32)
         weight = tl.exp((x - best) * cold)
-        kept = (place < vocab) & (key_of(x) >= low) & (weight >= least)
-        count += tl.sum(kept.to(tl.int32), 0)
-        mass += tl.sum(tl.where(kept, weight, 0.0).to(tl.float64), 0)
-    return count, mass
+        kept = (place < end) & (key_of(x) >= low) & (weight >= least)
+        counts += kept.to(tl.int32)
+        masses += tl.where(kept, weight, 0.0).to(tl.float64)
+    return tl.sum(counts, 0), tl.sum(masses, 0)
 
 
 @triton.jit
 def sample_kernel(
     logits: tl.tensor,
+    candidates: tl.tensor,
     temperatures: tl.tensor,
     top_ks: tl.tensor,
     top_ps: tl.tensor,
@@ -81,10 +93,13 @@ def sample_kernel(
     out: tl.tensor,
     logits_row: tl.tensor,
     vocab: tl.tensor,
+    COUNT: tl.constexpr,
+    COUNT_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     place = tl.program_id(0)
     row = logits + place.to(tl.int64) * logits_row
+    highest = candidates + place.to(tl.int64) * COUNT
     temperature = tl.load(temperatures + place)
     k = tl.load(top_ks + place)
     top_p = tl.load(top_ps + place)
@@ -94,11 +109,10 @@ def sample_kernel(
     number = mixed(mixed(seed) + (step + 1) * tl.full([], 0x9E3779B97F4A7C15, tl.uint64))
     uniform = (number >> 11).to(tl.float64) * 1.1102230246251565e-16  # 2^-53
 
-    best = tl.full([], float("-inf"), tl.float32)
-    for start in range(0, vocab, BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        x = tl.load(row + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-        best = tl.maximum(best, tl.max(x, 0))
+    first = tl.arange(0, COUNT_PAD)
+    best = tl.max(tl.load(highest + first, mask=first < COUNT, other=float("-inf")).to(tl.float32), 0)
+    lowest = tl.min(tl.load(highest + first, mask=first < COUNT, other=float("inf")).to(tl.float32), 0)
+    cut = key_of(lowest).to(tl.int64)
     bottom = key_of(tl.full([], float("-inf"), tl.float32)).to(tl.int64)
     top = key_of(best).to(tl.int64)
     chosen = top  # the key of the token, and which of its equals
@@ -108,34 +122,38 @@ def sample_kernel(
     if temperature > 0:
         cold = (1.0 / tl.maximum(temperature, 1e-6)).to(tl.float32)
         edge = bottom  # all keys above `edge` are kept, and the first `equals` of those at it
-        equals, mass = from_key(row, bottom, best, cold, 0.0, vocab, BLOCK)
-        above = tl.zeros([], tl.int32)
         if k < vocab:
             high = top
+            if k <= COUNT:
+                edge = tl.maximum(edge, cut)
             while edge < high:
                 middle = edge + (high - edge + 1) // 2
-                count, reached = from_key(row, middle, best, cold, 0.0, vocab, BLOCK)
+                count, reached = from_key(row, highest, cut, middle, best, cold, 0.0, vocab, COUNT, BLOCK)
                 if count >= k:
                     edge = middle
                 else:
                     high = middle - 1
-        above, mass_above = from_key(row, edge + 1, best, cold, 0.0, vocab, BLOCK)
-        count, reached = from_key(row, edge, best, cold, 0.0, vocab, BLOCK)
+        above, mass_above = from_key(row, highest, cut, edge + 1, best, cold, 0.0, vocab, COUNT, BLOCK)
+        count, reached = from_key(row, highest, cut, edge, best, cold, 0.0, vocab, COUNT, BLOCK)
         equals = tl.minimum(count, k) - above
         mass = mass_above + equals.to(tl.float64) * tl.exp((value_of(edge) - best) * cold).to(tl.float64)
         if top_p < 1:
             goal = top_p * mass
             high = top
             low = edge
+            if cut >= low:
+                count, reached = from_key(row, highest, cut, cut + 1, best, cold, 0.0, vocab, COUNT, BLOCK)
+                if reached >= goal:
+                    low = cut + 1
             while low < high:
                 middle = low + (high - low + 1) // 2
-                count, reached = from_key(row, middle, best, cold, 0.0, vocab, BLOCK)
+                count, reached = from_key(row, highest, cut, middle, best, cold, 0.0, vocab, COUNT, BLOCK)
                 if reached >= goal:
                     low = middle
                 else:
                     high = middle - 1
-            above, mass_above = from_key(row, low + 1, best, cold, 0.0, vocab, BLOCK)
-            count, reached = from_key(row, low, best, cold, 0.0, vocab, BLOCK)
+            above, mass_above = from_key(row, highest, cut, low + 1, best, cold, 0.0, vocab, COUNT, BLOCK)
+            count, reached = from_key(row, highest, cut, low, best, cold, 0.0, vocab, COUNT, BLOCK)
             weight = tl.exp((value_of(low) - best) * cold).to(tl.float64)
             wanted = tl.ceil((goal - mass_above) / tl.maximum(weight, 1e-300))
             ties = tl.minimum(tl.maximum(wanted, 1.0), (count - above).to(tl.float64)).to(tl.int32)
@@ -145,22 +163,26 @@ def sample_kernel(
             equals = ties
         weight = tl.exp((value_of(edge) - best) * cold)
         at_edge = tl.where(weight >= least, equals.to(tl.float64) * weight.to(tl.float64), 0.0)
-        count, mass_above = from_key(row, edge + 1, best, cold, least, vocab, BLOCK)
+        count, mass_above = from_key(row, highest, cut, edge + 1, best, cold, least, vocab, COUNT, BLOCK)
         goal = uniform * (mass_above + at_edge)
         chosen = edge
         before = mass_above
         if mass_above > goal:
             high = top
             chosen = edge + 1
+            if cut >= chosen:
+                count, reached = from_key(row, highest, cut, cut + 1, best, cold, least, vocab, COUNT, BLOCK)
+                if reached > goal:
+                    chosen = cut + 1
             while chosen < high:
                 middle = chosen + (high - chosen + 1) // 2
-                count, reached = from_key(row, middle, best, cold, least, vocab, BLOCK)
+                count, reached = from_key(row, highest, cut, middle, best, cold, least, vocab, COUNT, BLOCK)
                 if reached > goal:
                     chosen = middle
                 else:
                     high = middle - 1
-            above, before = from_key(row, chosen + 1, best, cold, least, vocab, BLOCK)
-            count, reached = from_key(row, chosen, best, cold, least, vocab, BLOCK)
+            above, before = from_key(row, highest, cut, chosen + 1, best, cold, least, vocab, COUNT, BLOCK)
+            count, reached = from_key(row, highest, cut, chosen, best, cold, least, vocab, COUNT, BLOCK)
             equals = count - above
         weight = tl.exp((value_of(chosen) - best) * cold).to(tl.float64)
         index = tl.floor((goal - before) / tl.maximum(weight, 1e-300))
@@ -188,6 +210,7 @@ def sample(
     steps: Tensor,
     out: Tensor,
     chip: Chip | None = None,
+    candidates: int = CANDIDATES,
 ) -> None:
     """Fill `out` [rows] with token ids; shapes and dtypes are at the file's head. Logits must be finite or -inf.
 
@@ -201,8 +224,10 @@ def sample(
     for name, tensor in (("seeds", seeds), ("steps", steps), ("out", out)):
         check(NAME, name, tensor, (rows,), (torch.int64,), logits, dense=True)
     chip = chip or chip_of(logits)
+    count = min(candidates, vocab)
     args = {
         "logits": logits,
+        "candidates": logits.topk(count, sorted=False).values,
         "temperatures": temperature,
         "top_ks": top_k,
         "top_ps": top_p,
@@ -212,6 +237,8 @@ def sample(
         "out": out,
         "logits_row": logits.stride(0),
         "vocab": vocab,
+        "COUNT": count,
+        "COUNT_PAD": pow2(count),
         "BLOCK": min(BLOCK, pow2(vocab)),
     }
     chip.run(Launch(sample_kernel, (rows,), args, num_warps=512 // chip.target.warp_size))

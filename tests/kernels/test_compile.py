@@ -75,3 +75,26 @@ def test_a_tile_that_is_too_large_is_found_out():
     assert done.returncode == 0, done.stderr
     assert "spills" in done.stdout
     assert "shared memory" in done.stdout
+
+
+ROTARY = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from core.kernels.chip import RecordingChip, TARGETS
+from core.kernels.compile import ast_source
+from core.kernels.rotary import rotary
+
+chip = RecordingChip(TARGETS["sm_90"])
+x, angles = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((5, 8, 128), (5, 64)))
+rotary(x, angles, angles, x, chip=chip)
+for launch in chip.launches:
+    print(triton.compile(ast_source(launch), target=GPUTarget("cuda", 90, 32), options=launch.options).asm["ptx"])
+"""
+
+
+def test_rotary_rounds_its_products_before_it_adds_them():
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", ROTARY], capture_output=True, text=True, env=clean)
+    assert done.returncode == 0, done.stderr
+    assert "mul." in done.stdout
+    assert "fma." not in done.stdout

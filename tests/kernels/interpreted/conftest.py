@@ -9,10 +9,18 @@ import sys
 import pytest
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-READY = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+READY = DEVICE == "cuda" or INTERPRETED
 sys.path.insert(0, os.path.dirname(__file__))  # for helpers.py and paged_case.py
 collect_ignore_glob = [] if READY else ["test_*.py"]
+ENGINES = pytest.mark.skipif(not INTERPRETED, reason="runs an engine in the interpreter; on a GPU tests/gpu does")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.parent.name == "interpreted" and "device" not in item.fixturenames:
+            item.add_marker(ENGINES)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from core import LLM, SamplingParams
 from core.decode_graphs import Sizes
+from core.device import NotCaptured
 from core.request import Request
 from core.runner import Runner
 from core.sampler import Sampler
@@ -123,6 +124,40 @@ def test_captured_steps_give_the_same_tokens(llama, wanted):
     device = CountingDevice()
     assert tokens_of(opened(llama, device)) == wanted
     assert 0 < device.captures < device.replays
+
+
+def test_captured_steps_of_the_fallback_give_the_same_tokens(llama, wanted):
+    device = CountingDevice()
+    assert tokens_of(opened(llama, device, model_impl="transformers")) == wanted
+    assert 0 < device.captures < device.replays
+
+
+class FrozenGraph(PlayedGraph):
+    """Gives the first step's logits again, as if Python had decided them."""
+
+    def replay(self):
+        self.device.replays += 1
+        return self.output
+
+
+def test_a_graph_of_the_fallback_that_differs_from_a_plain_step_is_given_up(llama, wanted, caplog):
+    device = CountingDevice()
+    device.capture = lambda run: FrozenGraph(device, run)
+    llm = opened(llama, device, model_impl="transformers")
+    graphs = llm._engine.runner.graphs
+    assert tokens_of(llm) == wanted
+    assert "a graph's logits differ from a plain step's" in graphs.given_up
+    assert caplog.text.count("are not captured as graphs") == 1
+
+
+def test_a_step_that_waits_is_run_plainly(llama, wanted):
+    def refuse(run):
+        raise NotCaptured("a step waits for the GPU")
+
+    device = CountingDevice()
+    device.capture = refuse
+    assert tokens_of(opened(llama, device, model_impl="transformers")) == wanted
+    assert device.replays == 0
 
 
 def test_a_window_is_kept_in_captured_steps(tmp_path):

@@ -31,7 +31,7 @@ def run(test, *arguments):
 
 def sampled(device, seed):
     for ties in (True, False):
-        test_sample.test_each_row_draws_what_a_sort_would_draw(ties, seed, device)
+        test_sample.test_each_row_draws_what_a_sort_would_draw(ties, 16, seed, device)
 
 
 FAULTS = {  # what is wrong: (file, text, text in its place, check that must fail)

@@ -21,14 +21,14 @@ def plain_sample(row, temperature, top_k, top_p, min_p, seed, step):
     return ids[min(int(place), len(weights) - 1)].item()
 
 
-def draw(logits, rows, device):
+def draw(logits, rows, device, candidates=16):
     columns = list(zip(*rows, strict=True))
     temperature, top_k, top_p, min_p, seeds, steps = columns
     doubles = [torch.tensor(values, dtype=torch.float64, device=device) for values in (temperature, top_p, min_p)]
     ints = [torch.tensor(values, dtype=torch.int64, device=device) for values in (seeds, steps)]
     out = torch.full((len(rows),), -7, device=device)
     k = torch.tensor(top_k, dtype=torch.int32, device=device)
-    sample(logits.to(device), doubles[0], k, doubles[1], doubles[2], *ints, out)
+    sample(logits.to(device), doubles[0], k, doubles[1], doubles[2], *ints, out, candidates=candidates)
     return out.tolist()
 
 
@@ -44,14 +44,15 @@ ROWS = [  # temperature, top_k, top_p, min_p, seed, step
 ]
 
 
+@pytest.mark.parametrize("candidates", [16, pytest.param(VOCAB, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ties", [pytest.param(False, marks=pytest.mark.slow), True], ids=["distinct", "ties"])
-def test_each_row_draws_what_a_sort_would_draw(ties, fresh_inputs, device):
+def test_each_row_draws_what_a_sort_would_draw(ties, candidates, fresh_inputs, device):
     logits = torch.randn(len(ROWS), VOCAB) * 2
     if ties:
         logits = logits.round()
     rows = [(*row[:4], row[4] + fresh_inputs, row[5]) for row in ROWS]
     wanted = [plain_sample(logits[index], *row) for index, row in enumerate(rows)]
-    assert draw(logits, rows, device) == wanted
+    assert draw(logits, rows, device, candidates) == wanted
 
 
 @pytest.mark.slow

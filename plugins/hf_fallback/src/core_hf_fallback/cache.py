@@ -29,8 +29,10 @@ class Stepper:
 
     def __init__(self, module: Any, max_model_len: int) -> None:
         self.module, self.max_model_len = module, max_model_len
+        self.device: torch.device = next(module.parameters()).device
         self.module_state = ModuleState(module)
-        self.module_state.learn(lambda: self.first(torch.tensor([[3, 4, 5]]), all_logits=False))
+        text = torch.tensor([[3, 4, 5]], device=self.device)
+        self.module_state.learn(lambda: self.first(text, all_logits=False))
 
     def first(self, ids: Tensor, all_logits: bool) -> tuple[Text, Tensor]:
         """Run a whole prompt [rows, tokens]; return its text and logits [rows, tokens or 1, vocab]."""

@@ -32,7 +32,13 @@ class PagedModel:
         """
         register()
         self.module, self.binding, self.ropes = module, binding, ropes
-        self.features = ModelFeatures(prefix_caching=not ropes, restart_after=ropes.restart_after)
+        # Nobody knows what else somebody's module reads, so its graphs are on trial.
+        self.features = ModelFeatures(
+            prefix_caching=not ropes,
+            restart_after=ropes.restart_after,
+            captures_decode=not ropes,
+            captures_on_trial=True,
+        )
         use_attention(module, NAME)
         self.keeps_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
         self.recorded = self._record(ids, length)  # logits [ids, vocab]

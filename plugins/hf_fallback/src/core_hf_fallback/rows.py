@@ -64,7 +64,7 @@ class RowsModel:
 
     def _prefilled(self, texts: int, length: int) -> dict[str, Any]:
         """The state after so many equal texts of `length` tokens."""
-        ids = 3 + torch.arange(length) % Schema.LONG
+        ids = 3 + torch.arange(length, device=self.stepper.device) % Schema.LONG
         return vars(self.stepper.first(ids.repeat(texts, 1), all_logits=False)[0])
 
     def kv_specs(self) -> Sequence[KVSpec]:
@@ -121,7 +121,7 @@ class RowsModel:
         if not self.takes_mask or min(group.lengths) == group.width:
             return None
         padding = group.width - torch.tensor(group.lengths)
-        return (torch.arange(group.width + 1) >= padding[:, None]).long()
+        return (torch.arange(group.width + 1) >= padding[:, None]).long().to(self.stepper.device)
 
     # ------------------------------------------------------------------------------------------ who is in a group
 
@@ -179,4 +179,5 @@ class RowsModel:
     def _cut_out(self, group: Group, names: list[str]) -> Text:
         rows = [group.ids.index(name) for name in names]
         width = max(group.lengths[row] for row in rows)
-        return Text(**self.schema.select(vars(group.text), torch.tensor(rows), group.width, width))
+        kept = torch.tensor(rows, device=self.stepper.device)
+        return Text(**self.schema.select(vars(group.text), kept, group.width, width))
