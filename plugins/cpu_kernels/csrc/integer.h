@@ -68,7 +68,7 @@ struct NextRows {
         lines = ((end - at) / 64 + units) / units;
     }
     INLINE void ask() {
-        for (int64_t i = 0; i < lines && at < end; i++, at += 64) __builtin_prefetch(at);
+        for (int64_t i = 0; i < lines && at < end; i++, at += 64) __builtin_prefetch(at, 0, 2);
     }
 };
 
