@@ -14,7 +14,7 @@ from core_cpu_kernels.elementwise import ACTIVATIONS, GateKernel, NormKernel, Ro
 from core_cpu_kernels.library import Library, Weight, wanted_instruction_set
 
 if TYPE_CHECKING:
-    from core.contracts import DecoderKernel, LayerParts
+    from core.contracts import DecoderKernel, HeadParts, LayerParts
 
 PACKINGS = {"affine4": 1, "affine8": 2, "table4": 3, torch.float16: 4, torch.bfloat16: 5, torch.float32: 6}
 GGML = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
@@ -59,10 +59,10 @@ class CpuKernels:
     def rotary(self, dtype: torch.dtype = torch.float32, interleaved: bool = False) -> RotaryKernel | None:
         return None if interleaved or dtype is not torch.float32 else RotaryKernel(self.library)
 
-    def decoder(self, layers: Sequence[LayerParts]) -> DecoderKernel | None:
+    def decoder(self, layers: Sequence[LayerParts], head: HeadParts | None = None) -> DecoderKernel | None:
         from core_cpu_kernels.stack import make_stack
 
-        return make_stack(self.library, layers)
+        return make_stack(self.library, layers, head)
 
 
 def _is_plain(weight: Tensor) -> bool:
