@@ -12,6 +12,12 @@ from core.plugin_report import render
 
 T = TypeVar("T")
 AUTO, NATIVE = "auto", "native"
+# What pip calls core-serve's own model plugins, by what --model-impl calls them; whoever asks for any gets the widest.
+INSTALL = {
+    AUTO: "core-serve-hf-fallback",
+    "transformers": "core-serve-hf-fallback",
+    "native_llama": "core-serve-native-llama",
+}
 
 
 @dataclass(frozen=True)
@@ -111,8 +117,14 @@ def _nothing_fits(ranked: Sequence[RankedBid[Any]], refusals: Sequence[tuple[str
         what = f"{wish.text}: no native {wish.kind} for this model."
     else:
         what = f"{wish.text}: no {wish.kind} of this name for this model."
-    way_on = f"Choose one that bids with {wish.flag}." if ranked else "Install a plugin that knows this model."
-    return f"{what} Bids: {there}. Declined: {declined}. {way_on}"
+    return f"{what} Bids: {there}. Declined: {declined}. {_way_on(ranked, wish)}"
+
+
+def _way_on(ranked: Sequence[RankedBid[Any]], wish: Wish) -> str:
+    if wish.has_native and (wish.name in INSTALL or not ranked):  # a model implementation
+        package = INSTALL.get(wish.name, INSTALL[AUTO])
+        return f"Install a plugin that knows this model; it may be core-serve's own: pip install {package}"
+    return f"Choose one that bids with {wish.flag}." if ranked else "Install a plugin that has one."
 
 
 # ------------------------------------------------------------------------------------------------ explain

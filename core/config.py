@@ -28,8 +28,8 @@ class EngineConfig:
     chat_template: str | None = None  # file; None = the model's own
     served_model_name: str | None = None  # None = the last part of the path
     max_model_len: int | None = None  # tokens; None = the model's own limit
-    max_num_seqs: int = 64  # requests that run at a time
-    max_num_batched_tokens: int = 512  # token budget of a step
+    max_num_seqs: int = 0  # requests that run at a time; 0 = 64 on CPU, 256 on GPU
+    max_num_batched_tokens: int = 0  # token budget of a step; 0 = 512 on CPU, 4096 on GPU
     max_mixed_prefill_tokens: int | None = None  # of prompts, in a step that decodes too; None = 64 on CPU, else all
     max_num_waiting: int = 4096  # requests that may queue
     enable_prefix_caching: bool = True
@@ -58,13 +58,14 @@ class EngineConfig:
         if self.tensor_parallel_size != 1:
             raise ConfigError("tensor_parallel_size above 1 is not supported yet; leave it at 1.")
         positive = (
-            "max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "block_size",
+            "max_num_waiting", "block_size",
             "speculative_ngram_min", "speculative_num_draft_tokens",
         )  # fmt: skip
         optional = ("kv_cache_memory", "max_model_len", "num_blocks", "num_threads", "max_mixed_prefill_tokens")
-        for name in (*positive, *optional):
+        by_device = ("max_num_seqs", "max_num_batched_tokens")
+        for name in (*positive, *optional, *by_device):
             value = getattr(self, name)
-            if value is None and name not in positive:
+            if (value is None and name in optional) or (value == 0 and name in by_device and value is not False):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}.")

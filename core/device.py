@@ -5,6 +5,7 @@ A CPU needs none of it: `HostDevice` stages nothing, so a step's tensors are use
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -127,22 +128,34 @@ class CudaDevice:  # pragma: no cover - gpu
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # kernels are compiled and libraries make workspaces: not to be captured
                 run()
-                self._refuse_waiting(run)  # found out here: a capture that fails leaves the allocator in its state
+                _refuse_waiting(run)  # found out here: a capture that fails leaves the allocator in its state
             torch.cuda.current_stream().wait_stream(side)
             try:
                 return CudaGraph(run, self.pool)
             except RuntimeError as error:
                 raise NotCaptured(_first_line(error)) from error
 
-    def _refuse_waiting(self, run: Callable[[], Tensor]) -> None:
-        mode = torch.cuda.get_sync_debug_mode()
+
+def _refuse_waiting(run: Callable[[], Tensor]) -> None:  # pragma: no cover - gpu
+    """Run as in a capture, for which some modules have a way of their own. Raises NotCaptured."""
+    mode, capturing = torch.cuda.get_sync_debug_mode(), torch.cuda.is_current_stream_capturing
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is new
         torch.cuda.set_sync_debug_mode("error")
-        try:
-            run()
-        except RuntimeError as error:
-            raise NotCaptured(f"a step waits for the GPU ({_first_line(error)})") from error
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
+    torch.cuda.is_current_stream_capturing = lambda: True
+    try:
+        run()
+    except RuntimeError as error:
+        raise NotCaptured(f"a step waits for the GPU ({_first_line(error)})") from error
+    finally:
+        torch.cuda.is_current_stream_capturing = capturing
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def forget_cached(device: torch.device) -> None:
+    """Give what torch keeps of a GPU's freed memory back to it."""
+    if device.type == "cuda":  # pragma: no cover - gpu
+        torch.cuda.empty_cache()
 
 
 def _first_line(error: Exception) -> str:

@@ -40,6 +40,7 @@ def build_engine(
     `hand_over` is given the tokenizer as soon as it is open, long before the model is built.
     """
     host = host or PluginHost.load(disable=config.disable_plugins)
+    config = sized(config)
     plan = make_plan(config, host)
     # Before the weights: making the tokenizer of a large vocabulary takes 200 MB for a moment.
     tokenizer = None if config.skip_tokenizer_init else host.tokenizer(plan.checkpoint.spec, config)
@@ -202,6 +203,17 @@ def _assemble(
     scheduler = Scheduler(BlockPool(memory.num_blocks, config.block_size), limits, pools, drafter)
     sampler = Sampler(model.vocab_size, eos, device)
     return Engine(info, config, host, runner, scheduler, sampler, tokenizer, eos)
+
+
+def sized(config: EngineConfig) -> EngineConfig:
+    """Fill in what of a step's sizes was left to the device."""
+    on_cpu = torch.device(choose_device(config.device)).type == "cpu"
+    seqs, tokens = (64, 512) if on_cpu else (256, 4096)
+    return replace(
+        config,
+        max_num_seqs=config.max_num_seqs or seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens or tokens,
+    )
 
 
 def mixed_prefill_tokens(config: EngineConfig, device: torch.device) -> int | None:

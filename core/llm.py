@@ -9,9 +9,11 @@ from types import TracebackType
 from typing import Any
 
 from core.config import EngineConfig
-from core.engine_build import build_engine
+from core.device import forget_cached
+from core.engine_build import build_engine, sized
 from core.engine_info import EngineInfo
 from core.errors import ConfigError, CoreError, InvalidParameter
+from core.memory import give_back
 from core.outputs import CompletionOutput, Delta, RequestOutput
 from core.request import ClientRequest
 from core.sampling_params import SamplingParams
@@ -30,7 +32,7 @@ class LLM:
     def __init__(self, model: str | None = None, **options: Any) -> None:
         config = EngineConfig.from_options(model=None if model is None else str(model), **options)
         if config.max_mixed_prefill_tokens is None:  # nobody waits for the next piece of a text: all at full speed
-            config = replace(config, max_mixed_prefill_tokens=config.max_num_batched_tokens)
+            config = replace(config, max_mixed_prefill_tokens=sized(config).max_num_batched_tokens)
         self._engine = build_engine(config)
         self._numbers = itertools.count()
         self._closed = False
@@ -98,11 +100,14 @@ class LLM:
         self._engine.reset_prefix_cache()
 
     def close(self) -> None:
-        """Free the model; the LLM cannot be used afterwards. Again does nothing."""
+        """Free the model and its memory; the LLM cannot be used afterwards. Again does nothing."""
         if not self._closed:
             self._engine.close()
             self._closed = True
+            device = self._engine.runner.device.device
             del self._engine
+            give_back()  # attention and its last batch hold each other
+            forget_cached(device)
 
     def __enter__(self) -> LLM:
         return self

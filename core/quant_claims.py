@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 DISTRIBUTIONS = {"int8": "int", "int4": "int", "auto-round": "gptq", "bitsandbytes": "bnb", "fbgemm_fp8": "fp8"}
 DISTRIBUTIONS |= {f"bitsandbytes-{kind}": "bnb" for kind in ("nf4", "fp4", "int8")}
 UNNAMED = "unnamed"
+OF_OTHERS = (
+    "It is none of core-serve's own. What transformers itself reads, its fallback serves: "
+    "pip install core-serve-hf-fallback. Or, if you trust a plugin of that name"
+)
 # Formats of files, which nothing is brought into while it is loaded.
 FILE_FORMATS = frozenset({"awq", "gptq", "auto-round", "compressed-tensors", "fp8", "fbgemm_fp8", "gguf"})
 
@@ -75,7 +79,7 @@ def _refuse_unclaimed(spec: ModelSpec, options: EngineConfig) -> None:
 def _whose(method: str) -> str:
     """Only our own names are known to be ours; anybody may call a package after a method."""
     known = method in FILE_FORMATS or method in DISTRIBUTIONS
-    return "Install one" if known else "It is none of core-serve's own; if you trust a plugin of that name"
+    return "Install one" if known else OF_OTHERS
 
 
 def _method_name(stated: Mapping[str, Any]) -> str:

@@ -48,6 +48,10 @@ class SafetensorsFile:
                 raise CheckpointError(f"{self.path} ends within tensor {name!r}. Download it again.")
         return data.view(self._dtype(name, entry["dtype"])).view(entry["shape"])
 
+    def holds_integers(self, name: str) -> bool:
+        """True if a tensor's type is one of whole numbers."""
+        return str(self._header[name]["dtype"]).startswith(("I", "U", "BOOL"))
+
     def _dtype(self, name: str, stated: str) -> torch.dtype:
         import torch
 

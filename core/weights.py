@@ -20,6 +20,8 @@ from core.spec import ModelSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from core.contracts import Checkpoint
+
 CONFIG = "config.json"
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -60,6 +62,11 @@ class HFCheckpoint:
         """Read one tensor. Raises CheckpointError if there is none of this name, or a file is amiss."""
         return self._opened(self.file_of(name))(name)
 
+    def holds_integers(self, name: str) -> bool:
+        """True if a tensor's type is one of whole numbers; of files in PyTorch's format that is not looked up."""
+        file = self.file_of(name)
+        return file.suffix == ".safetensors" and self._opened_safely(file).holds_integers(name)
+
     def file_of(self, name: str) -> Path:
         """Return the file that holds a tensor. Raises CheckpointError if none does."""
         if name not in self._owner:
@@ -74,9 +81,12 @@ class HFCheckpoint:
         """Return what reads a tensor of a file by its name."""
         if file.suffix != ".safetensors":
             return _open_pickle(file).__getitem__  # mapped: not to be kept
+        return self._opened_safely(file).tensor
+
+    def _opened_safely(self, file: Path) -> SafetensorsFile:
         if file not in self._headers:
             self._headers[file] = SafetensorsFile(file)
-        return self._headers[file].tensor
+        return self._headers[file]
 
     @cached_property
     def _files(self) -> list[TensorFile]:
@@ -187,10 +197,12 @@ def load_strict(
     params: Mapping[str, Callable[[Tensor], None]],
     tensors: Iterable[tuple[str, Tensor]],
     ignore: Callable[[str], bool] = lambda name: False,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
     """Hand every tensor to the loader of its name; `ignore` says which left-over names are fine.
 
-    Raises CheckpointError naming the tensor that does not fit, or, at the end, all that are missing or left over.
+    Raises CheckpointError naming the tensor that does not fit and the checkpoint's file that holds it, or, at the end,
+    all that are missing or left over.
     """
     done: set[str] = set()
     left_over: list[str] = []
@@ -198,7 +210,7 @@ def load_strict(
         if name in done:
             raise CheckpointError(f"Tensor {name!r} comes twice in the checkpoint.")
         if name in params:
-            _load_one(name, params[name], tensor)
+            _load_one(name, params[name], tensor, checkpoint)
             done.add(name)
         elif not ignore(name):
             left_over.append(name)
@@ -207,15 +219,34 @@ def load_strict(
         raise CheckpointError(_misfit(missing, left_over))
 
 
-def _load_one(name: str, loader: Callable[[Tensor], None], tensor: Tensor) -> None:
+def _load_one(name: str, loader: Callable[[Tensor], None], tensor: Tensor, checkpoint: Checkpoint | None) -> None:
     try:
         loader(tensor)
     except CheckpointError as error:
         if name not in str(error):
             error.add_note(f"while loading tensor {name!r}")
+        where = files_of(checkpoint, [name]) if checkpoint is not None else ""
+        if where:
+            raise CheckpointError(f"{str(error).removesuffix('.')}{where}.") from error
         raise
     except RuntimeError as error:  # what torch raises for shapes that do not fit
-        raise CheckpointError(f"Tensor {name!r} {list(tensor.shape)} does not fit: {_first_line(error)}") from error
+        where = files_of(checkpoint, [name]) if checkpoint is not None else ""
+        raise CheckpointError(
+            f"Tensor {name!r} {list(tensor.shape)} does not fit{where}: {_first_line(error)}"
+        ) from error
+
+
+def files_of(checkpoint: Checkpoint, names: Iterable[str]) -> str:
+    """Return " (FILE, ...)": what holds tensors of the same modules as `names`; "" for a checkpoint of no such files.
+
+    A quantized weight has another name in the file, but its module's is the same.
+    """
+    file_of = getattr(checkpoint, "file_of", None)
+    if file_of is None:
+        return ""
+    modules = {name.rpartition(".")[0] for name in names}
+    held = {file_of(name).name for name in checkpoint.tensor_names() if name.rpartition(".")[0] in modules}
+    return f" ({', '.join(sorted(held)[:3])})" if held else ""
 
 
 def _misfit(missing: Sequence[str], left_over: Sequence[str]) -> str:
@@ -282,5 +313,6 @@ def describe(path: str) -> str:
         return f"No plugin opens the folder {path}: it has no {CONFIG}. It holds: {here}."
     if where.is_file():
         kind = f"files of type {where.suffix!r}" if where.suffix else "files without a suffix"
-        return f"No plugin opens the file {path}; {kind} may need one more plugin (see `core-serve plugins`)."
+        more = "need pip install core-serve-gguf" if where.suffix == ".gguf" else "may need one more plugin"
+        return f"No plugin opens the file {path}; {kind} {more} (see `core-serve plugins`)."
     return f"{path} is neither a folder nor a file." if where.exists() else not_found(path)

@@ -10,7 +10,7 @@ from core.batch import Batch, Places
 from core.config import EngineConfig
 from core.decode_graphs import NO_SLOT, Size, Sizes, padded
 from core.device import CudaDevice, HostDevice
-from core.engine_build import choose_dtype
+from core.engine_build import choose_dtype, sized
 from core.errors import ConfigError
 from core.kv_memory import HOST_BYTES, kv_bytes
 from core.reach import Reach
@@ -75,6 +75,19 @@ def test_a_gpu_computes_in_half_types(stored, served):
     assert choose_dtype("auto", spec, torch.device("cuda")) is served
     assert choose_dtype("auto", spec, torch.device("cpu")) is torch.float32
     assert choose_dtype("float32", spec, torch.device("cuda")) is torch.float32
+
+
+def test_a_step_is_as_large_as_the_device_likes_where_nothing_is_said():
+    small = sized(EngineConfig(device="cpu"))
+    assert (small.max_num_seqs, small.max_num_batched_tokens) == (64, 512)
+    asked = sized(EngineConfig(device="cpu", max_num_seqs=3, max_num_batched_tokens=99))
+    assert (asked.max_num_seqs, asked.max_num_batched_tokens) == (3, 99)
+
+
+def test_a_step_on_a_gpu_is_larger(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = sized(EngineConfig())
+    assert (found.max_num_seqs, found.max_num_batched_tokens) == (256, 4096)
 
 
 # ------------------------------------------------------------------------------------------------ staging

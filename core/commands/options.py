@@ -105,13 +105,19 @@ ENGINE_OPTIONS = [
     _option(
         "--context-length", "--max-model-len", "max_model_len", type=int, help="Tokens. Default: the model's limit."
     ),
-    _option("--max-running-requests", "--max-num-seqs", "max_num_seqs", type=int, help="Requests that run at a time."),
+    _option(
+        "--max-running-requests",
+        "--max-num-seqs",
+        "max_num_seqs",
+        type=int,
+        help="Requests that run at a time. Default: 64 on a CPU, 256 on a GPU.",
+    ),
     _option(
         "--chunked-prefill-size",
         "--max-num-batched-tokens",
         "max_num_batched_tokens",
         type=int,
-        help="Token budget of a step.",
+        help="Token budget of a step. Default: 512 on a CPU, 4096 on a GPU.",
     ),
     _option(
         "--mixed-prefill-size",

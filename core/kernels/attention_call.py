@@ -32,19 +32,20 @@ class Tile:
 # all operands in registers; "amd": half types, 64 KiB of shared memory, warps of 64; "float32": without tensor cores,
 # since their tf32 would not be float32. `core-serve kernels compile` holds them to what the chips have.
 PREFILL = {
-    "wgmma": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 16, 8, 1)),
+    "wgmma": (Tile(128, 64, 8, 2), Tile(128, 128, 8, 3), Tile(64, 32, 4, 2), Tile(32, 16, 8, 1)),
     "tcgen05": (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 16, 8, 1)),
     "mma": (Tile(64, 64, 4, 3), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 16, 8, 1)),
     "amd": (Tile(128, 64, 8, 1), Tile(64, 64, 4, 1), Tile(64, 32, 8, 1), Tile(32, 16, 4, 1)),
-    "float32": (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+    "float32": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 DECODE = {
-    "wgmma": (Tile(16, 128, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 1), Tile(16, 16, 4, 2)),
+    "wgmma": (Tile(16, 128, 4, 2), Tile(16, 64, 4, 3), Tile(16, 32, 4, 1), Tile(16, 16, 4, 2)),
     "tcgen05": (Tile(16, 128, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 1), Tile(16, 16, 4, 2)),
     "mma": (Tile(16, 128, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2), Tile(16, 16, 4, 2)),
     "amd": (Tile(16, 64, 4, 1), Tile(16, 64, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
-    "float32": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+    "float32": (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
+ADDRESSES = 4096  # in a tile, at the most
 INTERPRETED = Tile(64, 64, 4, 1)  # few programs: each takes milliseconds
 
 
@@ -81,7 +82,8 @@ def choose_tile(
 ) -> Tile:
     """Look up the tile for the wider of K and V, the dtype of q and the chip.
 
-    With a table of biases there is an address for each score, which takes registers: half the keys.
+    With a table of biases there is an address for each score, which takes registers: half the keys or less,
+    and two stages.
     """
     if target.backend == "cpu":
         return INTERPRETED
@@ -90,7 +92,10 @@ def choose_tile(
         require("attention", False, f"K or V of width {widest} is wider than {WIDTHS[-1]}, the widest there is.")
     kind = "float32" if q.element_size() == 4 else tile_kind(target)
     tile = next(tile for width, tile in zip(WIDTHS, table[kind], strict=True) if widest <= width)
-    return tile if bias_distances(args) == 0 else replace(tile, keys=max(16, tile.keys // 2))
+    if bias_distances(args) == 0:
+        return tile
+    keys = max(16, min(tile.keys // 2, ADDRESSES // tile.rows))
+    return replace(tile, keys=keys, num_stages=min(2, tile.num_stages))
 
 
 def bias_distances(args: AttentionArgs) -> int:

@@ -21,6 +21,7 @@ from core.errors import KernelError
 KIB = 1024
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # read once, as triton.jit does: TRITON_INTERPRET=1 before import
 LOG2E = 1.4426950408889634
+REGISTERS = 65536  # of a processor of NVIDIA's
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,14 @@ class Launch:
     loads_wide: bool = True  # 16 bytes at a time
     fuses: bool = True  # a * b + c in one rounding, also where the product was to be rounded to a half type before
 
-    @property
-    def options(self) -> dict[str, Any]:
+    all_registers: bool = False  # NVIDIA: as many as a program can hold; else the compiler spills to hold several
+
+    def options(self, target: Target) -> dict[str, Any]:
         """Return Triton's own options; the fusing is said aloud, since its default is to change."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.fuses}
+        found = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.fuses}
+        if self.all_registers and target.backend == "cuda":
+            found["maxnreg"] = min(target.registers, REGISTERS // (self.num_warps * target.warp_size))
+        return found
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Chip:
             return
         # Triton launches on the current GPU, wherever the tensors are.
         with nullcontext() if self.index is None else torch.cuda.device(self.index):
-            launch.kernel[launch.grid](**launch.args, **launch.options)
+            launch.kernel[launch.grid](**launch.args, **launch.options(self.target))
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     if INTERPRETED:
         raise KernelError("Kernels cannot be compiled in a process with TRITON_INTERPRET=1; unset it.")
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
-    compiled = triton.compile(ast_source(launch), target=gpu, options=launch.options)
+    compiled = triton.compile(ast_source(launch), target=gpu, options=launch.options(target))
     if target.backend == "cuda":
         return _read_cubin(compiled.asm["cubin"], compiled.metadata.shared)
     return _read_amdgcn(compiled.asm["amdgcn"], compiled.metadata.shared)
@@ -142,4 +142,5 @@ def key_of(launch: Launch) -> Mapping[str, Any]:
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
         "fuses": launch.fuses,
+        "all_registers": launch.all_registers,
     }

@@ -22,10 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from core.kernels.checks import FLOATS, check, require
-from core.kernels.chip import Chip, Launch, chip_of
+from core.kernels.chip import Chip, Launch, Target, chip_of
 from core.kernels.numbers import dot, rounded
 
 NAME = "dequant_matmul"
+FEW = 16  # rows of the smallest tile
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,38 @@ class Codes:
     @property
     def groups(self) -> int:
         return -(-self.columns // self.group)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program makes: `rows` x `outputs`, `columns` of the weight at a time."""
+
+    rows: int
+    outputs: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+HOPPER = 90
+# By rows, where 128 columns share a scale; timed on an H200.
+ON_HOPPER = {16: Tile(16, 32, 128, 4, 3), 64: Tile(64, 64, 128, 4, 3)}
+MANY_ON_HOPPER = Tile(128, 128, 64, 8, 3)
+
+
+def choose_tile(rows: int, half: bool, weight: Codes, target: Target) -> Tile:
+    wide = weight.groups == 1 or weight.group % 128 == 0
+    if target.arch == HOPPER and half and wide and weight.table is None:
+        return next((tile for most, tile in ON_HOPPER.items() if rows <= most), MANY_ON_HOPPER)
+    few = rows <= FEW
+    columns = 64 if half and (weight.groups == 1 or weight.group % 64 == 0) else 32
+    return Tile(
+        rows=FEW if few else 64 if half else 32,
+        outputs=32 if not half else 128 if few else 64,
+        columns=columns,
+        num_warps=2 if few and target.backend == "hip" else 4,
+        num_stages=2 if weight.table is not None and columns == 32 else 3,  # addresses in the table take registers
+    )
 
 
 def unfit(weight: Codes) -> str | None:
@@ -133,8 +166,18 @@ def dequant_matmul_kernel(
     tl.store(target, rounded(acc, y.dtype.element_ty, WIDEN), mask=(m < rows)[:, None] & (n < out)[None, :])
 
 
-def dequant_matmul(x: Tensor, weight: Codes, y: Tensor, bias: Tensor | None = None, chip: Chip | None = None) -> None:
-    """Fill y [rows, out] with x [rows, in] times the weight that the codes stand for; see the head. KernelError."""
+def dequant_matmul(
+    x: Tensor,
+    weight: Codes,
+    y: Tensor,
+    bias: Tensor | None = None,
+    chip: Chip | None = None,
+    tile: Tile | None = None,
+) -> None:
+    """Fill y [rows, out] with x [rows, in] times the weight that the codes stand for; see the head.
+
+    `tile`: None = from `choose_tile`. Raises KernelError.
+    """
     rows, size = x.shape
     outputs, groups = weight.outputs, weight.groups
     reason = unfit(weight)
@@ -153,11 +196,7 @@ def dequant_matmul(x: Tensor, weight: Codes, y: Tensor, bias: Tensor | None = No
         check(NAME, "bias", bias, (outputs,), FLOATS, x, dense=True)
     chip = chip or chip_of(x)
     half = x.element_size() == 2
-    few = rows <= 16
-    block_m = 16 if few else 64 if half else 32
-    block_n = 32 if not half else 128 if few else 64
-    block_k = 64 if groups == 1 or weight.group % 64 == 0 else 32
-    stages = 2 if weight.table is not None and block_k == 32 else 3  # addresses in the table take registers
+    tile = tile or choose_tile(rows, half, weight, chip.target)
     args = {
         "x": x,
         "codes": weight.codes,
@@ -178,11 +217,10 @@ def dequant_matmul(x: Tensor, weight: Codes, y: Tensor, bias: Tensor | None = No
         "group": weight.group,
         "BITS": weight.bits,
         "MIDDLE": weight.middle or 0,
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.outputs,
+        "BLOCK_K": tile.columns,
         "WIDEN": chip.interpreted,
     }
-    grid = (-(-outputs // block_n), -(-rows // block_m))
-    warps = 2 if few and chip.target.backend == "hip" else 4
-    chip.run(Launch(dequant_matmul_kernel, grid, args, warps, stages, uses_tensor_cores=half))
+    grid = (-(-outputs // tile.outputs), -(-rows // tile.rows))
+    chip.run(Launch(dequant_matmul_kernel, grid, args, tile.num_warps, tile.num_stages, uses_tensor_cores=half))

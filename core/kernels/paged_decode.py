@@ -26,7 +26,7 @@ from core.kernels.chip import Chip, Launch, chip_of
 from core.kernels.merge_splits import merge_splits
 
 NAME = "paged_decode"
-SPLIT = 1024  # keys
+SPLIT = 512  # keys
 
 
 @triton.jit(
@@ -227,6 +227,7 @@ def paged_decode(
         tile.num_warps,
         tile.num_stages,
         uses_tensor_cores=q.element_size() == 2,
+        all_registers=q.element_size() == 4,
     )
     chip.run(launched)
     if partial is not None and log_total is not None:

@@ -196,5 +196,6 @@ def paged_prefill(
             tile.num_warps,
             tile.num_stages,
             uses_tensor_cores=q.element_size() == 2,
+            all_registers=q.element_size() == 4,
         )
     )

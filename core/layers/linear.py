@@ -35,6 +35,8 @@ def copy_checked(name: str, target: Tensor) -> Loader:
             raise CheckpointError(
                 f"Tensor {name} has shape {list(tensor.shape)}, but this model's config asks for {list(target.shape)}."
             )
+        if target.is_floating_point() and not tensor.is_floating_point():
+            raise CheckpointError(f"Tensor {name} is {tensor.dtype}; whole numbers without a scale are no weights.")
         with torch.no_grad():
             target.copy_(tensor)
 

@@ -21,7 +21,7 @@ from core.errors import CoreError
 if TYPE_CHECKING:
     from core.contracts import Kernels
 
-ROWS_AT_ONCE = 1024  # of a weight that are floats at the same time where no kernel reads the quantized bytes
+AT_ONCE = 1 << 17  # weights that are floats at the same time where no kernel reads the quantized bytes
 
 
 class QuantizedTensor(Tensor):
@@ -108,8 +108,9 @@ class QuantizedTensor(Tensor):
         """
         # Into one piece of memory: small pieces kept between large ones that come and go leave holes of hundreds of MB.
         out = x.new_empty(*x.shape[:-1], self.shape[0])
-        for start in range(0, self.shape[0], ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
+        count = max(AT_ONCE // self.in_features, 64)
+        for start in range(0, self.shape[0], count):
+            rows = slice(start, start + count)
             out[..., rows] = F.linear(x, self[rows].dequantize().to(x.dtype))
         return out if bias is None else out + bias
 

@@ -1,7 +1,10 @@
-"""A tiny random Llama, and an engine of it."""
+"""A tiny random Llama, an engine of it, a server, and ceilings that are measured once."""
 
 import pytest
 
+from core.bench import subject
+from core.bench.ceilings import measure_ceilings
+from core.bench.server import running_server
 from core.config import EngineConfig
 from core.engine_build import build_engine
 from core.plugins import PluginHost
@@ -24,6 +27,28 @@ def speaking(tmp_path_factory):
     letters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     PreTrainedTokenizerFast(tokenizer_object=letters, unk_token=" ").save_pretrained(where)
     return where
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ceilings_measured_once():
+    """Two seconds in every report; the first one's serve for all."""
+    known = {}
+
+    def measured(device, dtype, kernels):
+        key = device, dtype, kernels is None
+        if key not in known:
+            known[key] = measure_ceilings(device, dtype, kernels)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subject, "measure_ceilings", measured)
+        yield
+
+
+@pytest.fixture(scope="session")
+def server_url(speaking):
+    with running_server(EngineConfig(model=str(speaking))) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

@@ -169,23 +169,21 @@ def test_serve_starts_a_server_and_compares_with_the_engine(speaking, tmp_path, 
     assert "of offline" in capsys.readouterr().out
 
 
-def test_serve_measures_a_server_that_runs_already(speaking, tmp_path, capsys):
+def test_serve_measures_a_server_that_runs_already(server_url, tmp_path, capsys):
     load = "--clients", 2, "--per-client", 2, "--input-len", 12, "--output-len", 4
-    with running_server(EngineConfig(model=str(speaking))) as url:
-        report = bench("serve", "--url", f"{url}/v1", *load, tmp_path=tmp_path)
-        arriving = bench("serve", "--url", url, "--request-rate", 50, *load, tmp_path=tmp_path)
+    report = bench("serve", "--url", f"{server_url}/v1", *load, tmp_path=tmp_path)
+    arriving = bench("serve", "--url", server_url, "--request-rate", 50, *load, tmp_path=tmp_path)
     assert report["subject"] is None
-    assert report["url"] == url
+    assert report["url"] == server_url
     for found in (report, arriving):
         row = found["rows"][0]
         assert (row["requests"], row["failed"], row["offline_tok_s"]) == (4, 0, None)
     assert "Give --model-path too" in capsys.readouterr().out
 
 
-def test_serve_says_what_the_server_refuses(speaking, tmp_path, capsys):
+def test_serve_says_what_the_server_refuses(server_url, capsys):
     load = "--clients", "1", "--per-client", "1", "--input-len", "500", "--output-len", "100"
-    with running_server(EngineConfig(model=str(speaking))) as url:
-        assert run(["bench", "serve", "--url", url, *load]) == 1
+    assert run(["bench", "serve", "--url", server_url, *load]) == 1
     assert "longer than this model's 512" in capsys.readouterr().err
 
 

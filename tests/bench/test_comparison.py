@@ -21,26 +21,19 @@ def compare(tmp_path):
 
 
 @pytest.mark.slow
-def test_native_fallback_and_generate_stand_side_by_side(compare, folder, tmp_path):
+def test_engines_stand_side_by_side_and_one_that_fails_is_named(compare, folder, tmp_path):
     sizes = "--rounds", 1, "--concurrency", "1,2", "--prompt-len", 16, "--new", 4
-    done = compare("--model", folder, *sizes, "--json", tmp_path / "all.json")
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = compare("--model", folder, *sizes, "--peer", "vllm=false", "--json", tmp_path / "all.json")
     report = json.loads((tmp_path / "all.json").read_text())
+    assert report["failed"] == {"vllm": "exit code 1"}, done.stdout + done.stderr
+    assert done.returncode == 1
     engines = ("native", "transformers", "generate")
     assert set(report["seconds"]) == {f"{engine}, {count}" for engine in engines for count in (1, 2)}
     assert all(min(seconds) > 0 for seconds in [*report["seconds"].values(), *report["bound_s"].values()])
     assert report["machine"]["gflops"] > 0
     for words in ("core-serve, native", "core-serve, fallback", "transformers generate", "(bound, native)"):
         assert words in done.stdout
-
-
-@pytest.mark.slow
-def test_an_engine_that_fails_is_named_and_the_others_go_on(compare, folder, tmp_path):
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())  # without weights
-    done = compare("--model", tmp_path, "--rounds", 1, "--concurrency", 1, "--prompt-len", 4, "--new", 2)
-    assert done.returncode == 1
-    for engine in ("native", "transformers", "generate"):
-        assert f"{engine} failed: " in done.stdout
+    assert "vllm failed: exit code 1" in done.stdout
 
 
 def test_an_unknown_peer_is_refused(compare):

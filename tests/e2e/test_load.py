@@ -29,12 +29,12 @@ def test_two_hundred_streams_of_which_a_third_disconnect(served, reference):
 
 
 def make_asks(source, tokenizer):
-    """Prompts of 1 to 40 words, answers of 1 to 60 tokens; every third client leaves after a few pieces of text."""
+    """Prompts of 1 to 40 words, answers of 1 to 30 tokens; every third client leaves after a few pieces of text."""
     asks = []
     for number in range(REQUESTS):
         ids = tokenizer.encode(" ".join(source.choices(WORDS, k=source.randint(1, 40))))
         leaves_after = source.randint(0, 5) if number % 3 == 0 else None
-        asks.append({"number": number, "ids": ids, "count": source.randint(1, 60), "leaves_after": leaves_after})
+        asks.append({"number": number, "ids": ids, "count": source.randint(1, 30), "leaves_after": leaves_after})
     return asks
 
 

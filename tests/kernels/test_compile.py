@@ -88,7 +88,8 @@ chip = RecordingChip(TARGETS["sm_90"])
 x, angles = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((5, 8, 128), (5, 64)))
 rotary(x, angles, angles, x, chip=chip)
 for launch in chip.launches:
-    print(triton.compile(ast_source(launch), target=GPUTarget("cuda", 90, 32), options=launch.options).asm["ptx"])
+    options = launch.options(chip.target)
+    print(triton.compile(ast_source(launch), target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
 """
 
 

@@ -103,4 +103,5 @@ def test_formats_that_transformers_reads_by_itself_are_served_as_it_reads_them(p
         pytest.skip("this transformers does not know the format")
     source = tiny_checkpoint("llama", tmp_path / "source", num_hidden_layers=1, hidden_size=64, intermediate_size=64)
     out = packed_checkpoint(source, tmp_path / "out", {"quant_method": pack.__name__, **stated}, pack)
-    assert assert_matches_transformers(out).startswith("transformers/")
+    with torch.compiler.set_stance("force_eager"):  # what transformers compiles for bitnet takes a minute
+        assert assert_matches_transformers(out).startswith("transformers/")

@@ -1,5 +1,8 @@
 """The engine on a device that stages (a played one): the tokens of a CPU, in so many copies and waits a step."""
 
+from dataclasses import dataclass
+from functools import cache
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,8 +16,21 @@ from core.sampler import Sampler
 from core.testing import tiny_checkpoint
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [40, 41, 42]]
-GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-DRAWN = SamplingParams(temperature=0.9, top_k=20, top_p=0.9, seed=11, max_tokens=6, ignore_eos=True)
+SAID = {"max_tokens": 4, "ignore_eos": True}
+PARAMS = {
+    "greedy": SamplingParams(temperature=0, **SAID),
+    "drawn": SamplingParams(temperature=0.9, top_k=20, top_p=0.9, seed=11, **SAID),
+    "edited": SamplingParams(
+        temperature=0,
+        logit_bias={3: 2.0},
+        repetition_penalty=1.3,
+        frequency_penalty=0.1,
+        allowed_token_ids=list(range(2, 90)),
+        min_tokens=4,
+        **SAID,
+    ),
+}
+SMALL = {"num_hidden_layers": 2, "num_key_value_heads": 1}  # the interpreter runs the heads one by one
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")  # results that Python needs
 
 
@@ -98,108 +114,15 @@ def watched(function):
     return call
 
 
-def tokens_of(llm, params=GREEDY):
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params)
-    llm.close()
-    return [output.outputs[0].token_ids for output in outputs]
+@dataclass
+class Run:
+    tokens: list
+    device: CountingDevice | None
+    kinds: dict  # (copies, waits) that steps took, by whether a graph ran them
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return tiny_checkpoint("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def wanted(llama):
-    return tokens_of(opened(llama))
-
-
-def test_a_plain_step_gives_the_same_tokens_and_captures_nothing(llama, wanted):
-    device = CountingDevice()
-    assert tokens_of(opened(llama, device, graphs=False)) == wanted
-    assert (device.captures, device.replays) == (0, 0)
-
-
-def test_captured_steps_give_the_same_tokens(llama, wanted):
-    device = CountingDevice()
-    assert tokens_of(opened(llama, device)) == wanted
-    assert 0 < device.captures < device.replays
-
-
-def test_captured_steps_of_the_fallback_give_the_same_tokens(llama, wanted):
-    device = CountingDevice()
-    assert tokens_of(opened(llama, device, model_impl="transformers")) == wanted
-    assert 0 < device.captures < device.replays
-
-
-class FrozenGraph(PlayedGraph):
-    """Gives the first step's logits again, as if Python had decided them."""
-
-    def replay(self):
-        self.device.replays += 1
-        return self.output
-
-
-def test_a_graph_of_the_fallback_that_differs_from_a_plain_step_is_given_up(llama, wanted, caplog):
-    device = CountingDevice()
-    device.capture = lambda run: FrozenGraph(device, run)
-    llm = opened(llama, device, model_impl="transformers")
-    graphs = llm._engine.runner.graphs
-    assert tokens_of(llm) == wanted
-    assert "a graph's logits differ from a plain step's" in graphs.given_up
-    assert caplog.text.count("are not captured as graphs") == 1
-
-
-def test_a_step_that_waits_is_run_plainly(llama, wanted):
-    def refuse(run):
-        raise NotCaptured("a step waits for the GPU")
-
-    device = CountingDevice()
-    device.capture = refuse
-    assert tokens_of(opened(llama, device, model_impl="transformers")) == wanted
-    assert device.replays == 0
-
-
-def test_a_window_is_kept_in_captured_steps(tmp_path):
-    folder = tiny_checkpoint("mistral", tmp_path, sliding_window=6)
-    device = CountingDevice()
-    assert tokens_of(opened(folder, device)) == tokens_of(opened(folder))
-    assert device.replays
-
-
-def test_a_decode_step_is_one_copy_and_one_wait(llama):
-    device = CountingDevice()
-    llm = opened(llama, device)
-    kinds = counted(llm, device, GREEDY)
-    assert kinds["captured"] == {(1, 1)}
-    assert kinds["plain"] == {(1, 1)}
-
-
-def test_a_drawing_step_is_two_copies_and_one_wait(llama):
-    device = CountingDevice()
-    assert counted(opened(llama, device), device, DRAWN)["captured"] == {(2, 1)}
-
-
-EDITED = SamplingParams(
-    temperature=0,
-    max_tokens=6,
-    ignore_eos=True,
-    logit_bias={3: 2.0},
-    repetition_penalty=1.3,
-    frequency_penalty=0.1,
-    allowed_token_ids=list(range(2, 90)),
-    min_tokens=6,
-)
-
-
-def test_edits_of_logits_are_one_copy_more_and_no_wait(llama):
-    device = CountingDevice()
-    assert counted(opened(llama, device), device, EDITED)["captured"] == {(2, 1)}
-    assert tokens_of(opened(llama, CountingDevice()), EDITED) == tokens_of(opened(llama), EDITED)
-
-
-def counted(llm, device, params):
-    """Run the prompts; return the (copies, waits) that steps took, by whether a graph ran them."""
+def run(llm, device=None, params="greedy"):
+    """Answer the prompts and close."""
     engine, kinds = llm._engine, {"captured": set(), "plain": set()}
     step = engine.step
 
@@ -212,23 +135,110 @@ def counted(llm, device, params):
         kinds["captured" if replays else "plain"].add((copies, waits))
         return deltas
 
-    engine.step = counting
-    tokens_of(llm, params)
-    return kinds
+    if device is not None:
+        engine.step = counting
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], PARAMS[params])
+    llm.close()
+    return Run([output.outputs[0].token_ids for output in outputs], device, kinds)
 
 
-def test_drawn_tokens_do_not_depend_on_the_batch_or_on_graphs(llama):
-    together = tokens_of(opened(llama, CountingDevice()), DRAWN)
-    assert together == tokens_of(opened(llama, CountingDevice(), graphs=False), DRAWN)
-    assert together == tokens_of(opened(llama), DRAWN)  # filtered requests: the CPU's own tokens
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("llama"), **SMALL)
 
 
-def test_a_row_without_finite_logits_fails_alone(llama):
+@pytest.fixture(scope="module")
+def ran(llama):
+    """Return a function that runs a llama, each way once: "captured" or "plain" on a device, or "without" one."""
+
+    @cache
+    def run_once(params, way):
+        device = None if way == "without" else CountingDevice()
+        return run(opened(llama, device, graphs=way == "captured"), device, params)
+
+    return run_once
+
+
+def test_a_plain_step_gives_the_same_tokens_and_captures_nothing(ran):
+    plain = ran("greedy", "plain")
+    assert plain.tokens == ran("greedy", "without").tokens
+    assert (plain.device.captures, plain.device.replays) == (0, 0)
+
+
+def test_captured_steps_give_the_same_tokens(ran):
+    captured = ran("greedy", "captured")
+    assert captured.tokens == ran("greedy", "without").tokens
+    assert 0 < captured.device.captures < captured.device.replays
+
+
+def test_captured_steps_of_the_fallback_give_the_same_tokens(llama, ran):
+    device = CountingDevice()
+    found = run(opened(llama, device, model_impl="transformers"), device)
+    assert found.tokens == ran("greedy", "without").tokens
+    assert 0 < device.captures < device.replays
+
+
+class FrozenGraph(PlayedGraph):
+    """Gives the first step's logits again, as if Python had decided them."""
+
+    def replay(self):
+        self.device.replays += 1
+        return self.output
+
+
+def test_a_graph_of_the_fallback_that_differs_from_a_plain_step_is_given_up(llama, ran, caplog):
+    device = CountingDevice()
+    device.capture = lambda run: FrozenGraph(device, run)
+    llm = opened(llama, device, model_impl="transformers")
+    graphs = llm._engine.runner.graphs
+    assert run(llm, device).tokens == ran("greedy", "without").tokens
+    assert "a graph's logits differ from a plain step's" in graphs.given_up
+    assert caplog.text.count("are not captured as graphs") == 1
+
+
+def test_a_step_that_waits_is_run_plainly(llama, ran):
+    def refuse(run):
+        raise NotCaptured("a step waits for the GPU")
+
+    device = CountingDevice()
+    device.capture = refuse
+    assert run(opened(llama, device, model_impl="transformers"), device).tokens == ran("greedy", "without").tokens
+    assert device.replays == 0
+
+
+def test_a_window_is_kept_in_captured_steps(tmp_path):
+    folder = tiny_checkpoint("mistral", tmp_path, sliding_window=6, **SMALL)
+    device = CountingDevice()
+    assert run(opened(folder, device), device).tokens == run(opened(folder)).tokens
+    assert device.replays
+
+
+def test_a_decode_step_is_one_copy_and_one_wait(ran):
+    assert ran("greedy", "captured").kinds == {"captured": {(1, 1)}, "plain": {(1, 1)}}
+
+
+def test_a_drawing_step_is_two_copies_and_one_wait(ran):
+    assert ran("drawn", "captured").kinds["captured"] == {(2, 1)}
+
+
+def test_edits_of_logits_are_one_copy_more_and_no_wait(ran):
+    assert ran("edited", "captured").kinds["captured"] == {(2, 1)}
+    assert ran("edited", "captured").tokens == ran("edited", "without").tokens
+    assert ran("edited", "captured").tokens != ran("greedy", "captured").tokens
+
+
+def test_drawn_tokens_do_not_depend_on_the_batch_or_on_graphs(ran):
+    together = ran("drawn", "captured").tokens
+    assert together == ran("drawn", "plain").tokens
+    assert together == ran("drawn", "without").tokens  # filtered requests: the CPU's own tokens
+
+
+def test_a_row_without_finite_logits_fails_alone():
     sampler = Sampler(8, (), CountingDevice())
     logits = torch.randn(3, 8)
     logits[1, 4] = float("nan")
-    for params in (GREEDY, DRAWN):
-        rows = [Request(str(index), [1], params, 4) for index in range(3)]
+    for params in ("greedy", "drawn"):
+        rows = [Request(str(index), [1], PARAMS[params], 4) for index in range(3)]
         failed = [token.failed is not None for token in sampler.sample(logits, rows)]
         assert failed == [False, True, False]
 

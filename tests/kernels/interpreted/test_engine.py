@@ -29,6 +29,6 @@ def tokens_of(folder, backend):
 
 @pytest.mark.parametrize("model_type", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_the_engine_gives_the_same_tokens(model_type, tmp_path, monkeypatch):
-    folder = tiny_checkpoint(model_type, tmp_path)
+    folder = tiny_checkpoint(model_type, tmp_path, num_hidden_layers=2)
     monkeypatch.setenv("CORE_ATTENTION_BACKEND", "triton")
     assert tokens_of(folder, None) == tokens_of(folder, "cpu")

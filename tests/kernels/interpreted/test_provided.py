@@ -150,7 +150,7 @@ def kernels_of(model):
     ],
 )
 def test_a_quantized_model_runs_on_the_kernels(model_type, impl, method, tmp_path):
-    folder = tiny_checkpoint(model_type, tmp_path, hidden_size=64)
+    folder = tiny_checkpoint(model_type, tmp_path, hidden_size=64, num_hidden_layers=2)
     llm = served(folder, "triton", quantization=method, model_impl=impl)
     linears, norms = kernels_of(llm._engine.runner.model)
     assert linears and all(isinstance(kernel, Product) for kernel in linears)
@@ -176,7 +176,7 @@ WITH_EXPERTS = ("merged-linears", "rms-norm", "grouped-experts", "attention-bloc
     ],
 )
 def test_a_module_of_transformers_runs_on_the_kernels(model_type, dtype, patches, tmp_path):
-    folder = tiny_checkpoint(model_type, tmp_path)
+    folder = tiny_checkpoint(model_type, tmp_path, num_hidden_layers=2)
     asked = {"model_impl": "transformers", "dtype": dtype}
     llm = served(folder, "triton", **asked)
     assert llm._engine.runner.model.features.patches == (*patches, "child-lookup")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from core.contracts import Checkpoint, Model, Refusal
 from core.errors import CheckpointError, CoreError
 from core.layers import give_kernels, pack_linears, unpack_linears
+from core.memory import trim
 from core.model_loader import BuildContext
 from core_hf_fallback.alike import Alike, NotAlike, find_alike
 from core_hf_fallback.blame import is_ours
@@ -167,6 +168,7 @@ def _paged(loaded: Loaded, context: BuildContext, forget_pages: Callable[[], Non
         def check() -> str | None:
             if forget_pages is not None:
                 forget_pages()
+            trim()  # of what the recording forward took and gave back in pieces
             return probe.difference(model, context.make_attention(), context.device)
 
         wrong = patcher.settle(check)

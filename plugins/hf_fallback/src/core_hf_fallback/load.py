@@ -15,6 +15,7 @@ from core.errors import CheckpointError, CoreError
 from core.model_loader import BuildContext
 from core.quant_weights import by_transformers, says_nothing
 from core.spec import ModelSpec
+from core.weights import files_of
 
 logger = logging.getLogger("core_serve.hf_fallback")
 
@@ -23,6 +24,8 @@ def load_module(checkpoint: Checkpoint, context: BuildContext) -> nn.Module:
     """Return the model in eval mode. Raises CheckpointError naming every missing, left-over or misshapen tensor."""
     if context.quant_method is not None and by_transformers(context.quant_method):
         return _load_by_transformers(checkpoint, context, context.quant_method)
+    if checkpoint.spec.quantization_config is None:
+        _refuse_integers(checkpoint)
     if context.quant_method is not None:
         import core_hf_fallback.quantized  # noqa: F401 - two threads that import transformers at once find half of it
     try:
@@ -43,6 +46,19 @@ def load_module(checkpoint: Checkpoint, context: BuildContext) -> nn.Module:
     from core_hf_fallback.quantized import settle
 
     return settle(model, context.device)
+
+
+def _refuse_integers(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for whole numbers that no method reads: transformers would take them as floats."""
+    holds_integers = getattr(checkpoint, "holds_integers", None)  # of checkpoints that are Hugging Face folders
+    if holds_integers is None:
+        return
+    found = [name for name in checkpoint.tensor_names() if name.endswith(".weight") and holds_integers(name)]
+    if found:
+        raise CheckpointError(
+            f"{checkpoint.spec.path} holds {found[0]}{files_of(checkpoint, found[:1])} as whole numbers, and its "
+            "config has no quantization_config that says what they stand for."
+        )
 
 
 def _load_by_transformers(checkpoint: Checkpoint, context: BuildContext, method: QuantMethod) -> nn.Module:
@@ -150,19 +166,8 @@ def _check(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
         entries = sorted(map(str, info.get(kind) or ()))
         if entries:
             more = f" and {len(entries) - 10} more" if len(entries) > 10 else ""
-            problems.append(
-                f"{kind.replace('_', ' ')}: {', '.join(entries[:10])}{more}{_files(checkpoint, info[kind])}"
-            )
+            names = [str(entry[0] if isinstance(entry, tuple) else entry) for entry in info[kind]]
+            where = files_of(checkpoint, names)
+            problems.append(f"{kind.replace('_', ' ')}: {', '.join(entries[:10])}{more}{where}")
     if problems:
         raise CheckpointError(f"The tensors of {checkpoint.spec.path} do not fit its class. {'; '.join(problems)}.")
-
-
-def _files(checkpoint: Checkpoint, entries: Iterable[Any]) -> str:
-    """Return which files the modules of these entries have tensors in, where the names are the files' own."""
-    file_of = getattr(checkpoint, "file_of", None)
-    if file_of is None:
-        return ""
-    names = {str(entry[0] if isinstance(entry, tuple) else entry) for entry in entries}
-    modules = {name.rpartition(".")[0] for name in names}
-    held = {file_of(name).name for name in checkpoint.tensor_names() if name.rpartition(".")[0] in modules}
-    return f" ({', '.join(sorted(held)[:3])})" if held else ""

@@ -93,7 +93,9 @@ def _is_state(value: Any) -> bool:
         return type(value) in (list, tuple) and all(map(_is_state, value))
     if isinstance(value, dict):
         return type(value) is dict and all(map(_is_state, value.values()))
-    return value is None or isinstance(value, (Tensor, *NUMBERS))
+    if isinstance(value, Tensor):
+        return not value.is_mkldnn  # a weight that was packed
+    return value is None or isinstance(value, NUMBERS)
 
 
 def _own(value: Any) -> Any:

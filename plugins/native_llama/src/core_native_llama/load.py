@@ -29,7 +29,7 @@ def load(config: LlamaConfig, checkpoint: Checkpoint, context: BuildContext) -> 
     loaders = _loaders(model)
     tensors = weight_stream(checkpoint, context, linears=_linears(loaders))
     needed = (pair for pair in tensors if pair[0] in loaders or context.quant_method is None or not says_nothing(*pair))
-    load_strict(loaders, needed, ignore=_ignored(config))
+    load_strict(loaders, needed, ignore=_ignored(config), checkpoint=checkpoint)
     if config.tied:
         model.head.tie(model.embedding)  # a quantized embedding took the place of the one that was tied
     pack_linears(model, kinds=(Linear, MergedLinear, Head), kernels=context.kernels)

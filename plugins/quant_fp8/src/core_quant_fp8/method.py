@@ -50,6 +50,11 @@ class FP8Method:
                     raise CheckpointError(f"{located(checkpoint, name)} is the scale of a weight that is missing.")
                 continue
             tensor = checkpoint.tensor(name)
+            if tensor.dtype not in FLOAT8 and name + self.suffix in known:
+                scale = located(checkpoint, name + self.suffix)
+                raise CheckpointError(
+                    f"{located(checkpoint, name)} is {tensor.dtype}; right beside {scale} is a type of 8 bit floats."
+                )
             yield name, self._weight(checkpoint, name, tensor, known, dtype) if tensor.dtype in FLOAT8 else tensor
 
     def _weight(
@@ -62,9 +67,7 @@ class FP8Method:
         if name + self.suffix not in known:
             raise CheckpointError(f"Tensor '{name + self.suffix}' is missing. {located(checkpoint, name)} needs it.")
         scales = checkpoint.tensor(name + self.suffix)
-        problem = (
-            None if scales.dtype.itemsize == 1 else wrong_with_scales(scales)
-        )  # powers of two have a type of 8 bits
+        problem = wrong_with_scales(scales)
         if problem is not None:
             raise CheckpointError(f"{located(checkpoint, name + self.suffix)} {problem}.")
         if scales.numel() == 1 and values.numel() > 1 and self.block is None:

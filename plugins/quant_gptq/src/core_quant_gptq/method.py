@@ -74,6 +74,11 @@ class GptqMethod:
         scales = read_scales(checkpoint, f"{module}.scales", (groups, rows))
         words = read_part(checkpoint, f"{module}.qzeros", (groups, rows * bits // 32), torch.int32)
         zeros = self._zeros(words, bits)
+        if self.settings.symmetric and _all_beside_the_middle(zeros, 1 << (bits - 1)):
+            raise CheckpointError(
+                f"{located(checkpoint, f'{module}.qzeros')} is {int(zeros[0, 0])} throughout, and the config says that "
+                "weights are symmetric: its checkpoint_format (gptq or gptq_v2) is the other one."
+            )
         if index is None:
             index = torch.arange(columns) // -(-columns // groups)
         if int(index.min()) < 0 or int(index.max()) >= groups:
@@ -107,6 +112,12 @@ def _index(checkpoint: Checkpoint, name: str) -> Tensor:
     if index.dtype not in (torch.int32, torch.int64) or index.dim() != 1 or not len(index):
         raise CheckpointError(f"{located(checkpoint, name)} is {index.dtype} {list(index.shape)}; right is int32 [in].")
     return index
+
+
+def _all_beside_the_middle(zeros: Tensor, middle: int) -> bool:
+    """True if all are one off, which is how symmetric zeros look that are read as those of the other version."""
+    first = int(zeros[0, 0]) if zeros.numel() else middle
+    return abs(first - middle) == 1 and bool((zeros == first).all())
 
 
 def _evenly(index: Tensor, size: int) -> bool:

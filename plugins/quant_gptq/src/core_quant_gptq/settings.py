@@ -18,6 +18,7 @@ class GptqSettings:
     bits: int  # where nothing in the file says otherwise
     zero_offset: int  # what the file's zeros are short of
     group_size: int | None = None  # -1: a whole row; None: not said, or not for all linears
+    symmetric: bool = False  # every zero is the middle of the codes
     desc_act: bool = False  # columns are grouped in another order, which the file has to hold
 
     @classmethod
@@ -33,7 +34,9 @@ class GptqSettings:
         if size is not None and (type(size) is not int or (size < 1 and size != -1)):
             raise ConfigError(f"{path} states a GPTQ group size of {size!r}; right is -1 or a positive number.")
         differ = any(_has_own(stated.get(name)) for name in ("dynamic", "extra_config"))
-        return cls(bits, FORMATS[form], None if differ else size, stated.get("desc_act") is True)
+        return cls(
+            bits, FORMATS[form], None if differ else size, stated.get("sym") is True, stated.get("desc_act") is True
+        )
 
 
 def _has_own(overrides: object) -> bool:
