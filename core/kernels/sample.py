@@ -241,4 +241,4 @@ def sample(
         "COUNT_PAD": pow2(count),
         "BLOCK": min(BLOCK, pow2(vocab)),
     }
-    chip.run(Launch(sample_kernel, (rows,), args, num_warps=512 // chip.target.warp_size))
+    chip.run(Launch(sample_kernel, (rows,), args, 512 // chip.target.warp_size, all_registers=True))
