@@ -51,7 +51,7 @@ LAYER = {
 HALVES = {  # where the float16 scales of a block are, and what they are here
     "Q4_0": {0: 0.02}, "Q4_1": {0: 0.02, 2: -0.15}, "Q5_0": {0: 0.01}, "Q5_1": {0: 0.01, 2: -0.15}, "Q8_0": {0: 1e-3},
     "Q2_K": {80: 0.005, 82: 0.01}, "Q3_K": {108: 0.001}, "Q4_K": {0: 1e-4, 2: 1e-3}, "Q5_K": {0: 1e-4, 2: 1e-3},
-    "Q6_K": {208: 1e-4},
+    "Q6_K": {208: 1e-4}, "IQ4_NL": {0: 1e-3}, "IQ4_XS": {0: 1e-5},
 }  # fmt: skip
 MADE = ("awq", "gptq", "gptq-act-order", "gptq-8", "int4", "int8", "bnb-nf4", "bnb-int8")
 ON_THE_FLY = ("--quantization int4", "--quantization int8")
