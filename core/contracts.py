@@ -338,17 +338,37 @@ class LayerParts:
     down: LinearKernel
 
 
+@dataclass(frozen=True)
+class HeadParts:
+    """What follows the last layer: head(norm(x)) are the logits."""
+
+    norm: NormKernel
+    head: LinearKernel
+
+
 class DecoderKernel(Protocol):
     """Decoder layers in one call. Gives the numbers that its layers' kernels give when they are called one by one."""
+
+    has_head: bool  # it can give logits, too
 
     def takes(self, attention: AttentionBackend, tokens: int) -> bool:
         """Return whether this kernel can attend in a backend's cache, and is the faster way for so many tokens."""
         ...
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBackend, first: int, last: int) -> None:
+    def run(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention: AttentionBackend,
+        first: int,
+        last: int,
+        logits: Tensor | None = None,
+    ) -> None:
         """Add to x [tokens, hidden], in place, what layers [first, last) make of it, in `attention`'s planned step.
 
-        cos and sin [tokens, ..., head_dim] turn Q and K in halves; all float32.
+        cos and sin [tokens, ..., head_dim] turn Q and K in halves; all float32. `logits` [tokens, vocab] is filled with
+        what the head makes of every token then; None: nobody wants to know.
         Raises UnsupportedAttention, as `attention.attend` does.
         """
         ...
@@ -398,8 +418,11 @@ class Kernels(Protocol):
         """Return rotary embedding, in halves or of interleaved pairs."""
         ...
 
-    def decoder(self, layers: Sequence[LayerParts]) -> DecoderKernel | None:
-        """Return layers that follow each other as one kernel; None where a part is not as it has to be."""
+    def decoder(self, layers: Sequence[LayerParts], head: HeadParts | None = None) -> DecoderKernel | None:
+        """Return layers that follow each other as one kernel; None where a part is not as it has to be.
+
+        `head` is what follows the last of them, if it has kernels; the kernel says by `has_head` whether it can run it.
+        """
         ...
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.contracts import LayerParts
+from core.contracts import HeadParts, LayerParts
 from core.errors import KernelError
 from core.kernels.checks import FLOATS
 from core.kernels.chip import INTERPRETED
@@ -60,7 +60,7 @@ class TritonKernels:
     def rotary(self, dtype: torch.dtype, interleaved: bool = False) -> Turn | None:
         return Turn(interleaved) if dtype in FLOATS else None
 
-    def decoder(self, layers: Sequence[LayerParts]) -> None:
+    def decoder(self, layers: Sequence[LayerParts], head: HeadParts | None = None) -> None:
         """None: steps on a GPU are captured whole instead."""
 
 

@@ -16,7 +16,7 @@ from core.layers.quant_formats import (
 )
 from core.layers.quantized import QuantizedLinear, QuantizedTensor, give_kernels, reads_on_device
 from core.layers.rotary import Rotary, RotaryError, apply_rotary
-from core.layers.stack import LayerLinears, LayerNorms, LayerStack, kernels_of, layer_parts
+from core.layers.stack import LayerLinears, LayerNorms, LayerStack, head_parts, kernels_of, layer_parts
 from core.layers.transposed import TransposedTensor
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "apply_rotary",
     "float8_tensor",
     "give_kernels",
+    "head_parts",
     "kernels_of",
     "layer_parts",
     "pack_codes",

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.errors import CheckpointError
+from core.layers.huge_pages import HugePages
 from core.layers.quant_formats import HalfTensor
 from core.layers.quantized import QuantizedLinear, QuantizedTensor
 
@@ -274,16 +275,26 @@ def pack_linears(
     """
     packed: dict[int, nn.Module] = {}
     shared = _embedded(model, kinds, kernels)
+    pages = HugePages()
     # The list must not hold the linears themselves: each one's plain weight is to go before the next is packed.
     for parent in [part for part in model.modules() if type(part) not in kinds]:
         for name, child in list(parent.named_children()):
             if type(child) not in kinds or (only is not None and child not in only):
                 continue
             if id(child) not in packed:
+                if kernels is not None:
+                    _place(child, kernels, pages)
                 packed[id(child)] = _shared(child, kernels) if id(child.weight) in shared else pack(child, kernels)
             if packed[id(child)] is not child:
                 setattr(parent, name, packed[id(child)])
     return sum(isinstance(layer, _PACKED) for layer in packed.values())
+
+
+def _place(layer: nn.Module, kernels: Kernels, pages: HugePages) -> None:
+    """Move a weight, or the parts of it, that kernels will read where they are."""
+    weight = layer.weight
+    if isinstance(weight, Tensor) and (not can_pack(weight) or getattr(kernels, "takes_float32", False)):
+        pages.place(weight)
 
 
 _PACKED = (PackedLinear, KernelLinear, QuantizedLinear, SharedLinear)

@@ -21,6 +21,7 @@ from core.batch import Batch
 if TYPE_CHECKING:
     from core.contracts import Kernels, RotaryKernel
 
+LEAST_POSITIONS = 1024  # of a table
 SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -49,6 +50,7 @@ class Rotary(nn.Module):
             inverse = self._inverse(max_positions)
         self.inverse = inverse.to(device)  # [dim / 2] float32
         self.kernels: dict[torch.dtype, RotaryKernel | None] = {}
+        self._tables: dict[torch.dtype, tuple[Tensor, Tensor]] = {}  # of a CPU: cos and sin, [positions, 1, dim]
 
     def take_kernels(self, kernels: Kernels) -> None:
         """Compute with a device's kernels from now on."""
@@ -61,10 +63,25 @@ class Rotary(nn.Module):
 
     def forward(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cos and sin [tokens, 1, dim] in `dtype`."""
-        inverse = self._dynamic(batch) if self.depends_on_length else self.inverse[None]
-        angles = batch.positions[:, None].float() * inverse
+        if self.depends_on_length:
+            return self._turned(batch.positions, self._dynamic(batch), dtype)
+        if self.inverse.device.type != "cpu":
+            return self._turned(batch.positions, self.inverse[None], dtype)
+        cos, sin = self._table(max(batch.context_lens), dtype)
+        return cos.index_select(0, batch.positions), sin.index_select(0, batch.positions)
+
+    def _turned(self, positions: Tensor, inverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        angles = positions[:, None].float() * inverse
         angles = torch.cat([angles, angles], -1).unsqueeze(1)
         return (angles.cos() * self.attention_factor).to(dtype), (angles.sin() * self.attention_factor).to(dtype)
+
+    def _table(self, positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return what turns every position below a number, at least: computed once, as often as that doubles."""
+        found = self._tables.get(dtype)
+        if found is None or len(found[0]) < positions:
+            count = max(LEAST_POSITIONS, 1 << (positions - 1).bit_length())
+            found = self._tables[dtype] = self._turned(torch.arange(count), self.inverse[None], dtype)
+        return found
 
     def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """Return x [tokens, heads, dim] turned by what calling this gave; x itself may be overwritten."""

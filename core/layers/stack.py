@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from core.contracts import LayerParts
+from core.contracts import HeadParts, LayerParts
 from core.layers.attention import Attention
 from core.layers.linear import MergedLinear
 from core.layers.mlp import GatedMLP
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class LayerStack:
-    """Modules of layers that follow each other, and the kernel of all of them."""
+    """Modules of layers that follow each other, and the kernel of all of them and of what follows the last."""
 
-    def __init__(self, kernel: DecoderKernel, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, kernel: DecoderKernel, layers: Sequence[nn.Module], after: Sequence[nn.Module] = ()) -> None:
         self.kernel, self.count = kernel, len(layers)
-        parts = [part for layer in layers for part in layer.modules()]
+        parts = [part for layer in (*layers, *after) for part in layer.modules()]
         self._hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
 
     @property
@@ -33,18 +33,26 @@ class LayerStack:
         """True while somebody looks at what goes in or out of a layer or a part of one."""
         return any(self._hooks)
 
-    def run(self, x: Tensor, rotation: tuple[Tensor, Tensor], attention: AttentionBackend | None) -> bool:
-        """Add to x [tokens, hidden], in place, what the layers make of it.
+    def run(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        attention: AttentionBackend | None,
+        logits: Tensor | None = None,
+    ) -> bool:
+        """Add to x [tokens, hidden], in place, what the layers make of it; fill `logits`, if given, for every token.
 
         False, with nothing done, where they have to run one by one: they are looked at, x is not float32, the
         attention backend is not the kernel's own, or there are so many tokens that one by one is no slower.
         """
-        if attention is None or x.dtype is not torch.float32 or self.is_hooked:
+        if attention is None or x.dtype is not torch.float32 or not self.takes(attention, len(x)):
             return False
-        if not self.kernel.takes(attention, len(x)):
-            return False
-        self.kernel.run(x, *rotation, attention, 0, self.count)
+        self.kernel.run(x, *rotation, attention, 0, self.count, logits)
         return True
+
+    def takes(self, attention: AttentionBackend | None, tokens: int) -> bool:
+        """True if a step of so many tokens in float32 runs in one call."""
+        return attention is not None and not self.is_hooked and self.kernel.takes(attention, tokens)
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,12 @@ def layer_parts(
         gate=gate,
         down=down[0],
     )
+
+
+def head_parts(norm: RMSNorm, head: nn.Module) -> HeadParts | None:
+    """Return what follows the last layer by its kernels; None where one of them has none."""
+    linears = kernels_of(head)
+    return HeadParts(norm.kernel, linears[0]) if norm.kernel is not None and len(linears) == 1 else None
 
 
 def kernels_of(linear: nn.Module) -> list[LinearKernel]:

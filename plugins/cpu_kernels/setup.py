@@ -25,7 +25,8 @@ SOURCES = {"csrc/library.cpp": [], "csrc/tiled.cpp": [], "csrc/plain.cpp": []}
 ATTENTION = {"csrc/attention_library.cpp": [], "csrc/stack_library.cpp": [], "csrc/attention_plain.cpp": []}
 if X86:
     FLAGS.append("-DCORE_KERNELS_X86")
-    SOURCES |= {"csrc/avx2.cpp": AVX2, "csrc/avx512.cpp": AVX512, "csrc/integer_avx512.cpp": VNNI}
+    SOURCES |= {"csrc/avx2.cpp": AVX2, "csrc/integer_avx2.cpp": AVX2}
+    SOURCES |= {"csrc/avx512.cpp": AVX512, "csrc/integer_avx512.cpp": VNNI}
     if sys.platform.startswith("linux") and platform.machine() == "x86_64":
         SOURCES |= {"csrc/amx.cpp": AMX, "csrc/integer_amx.cpp": AMX}  # left out where the compiler is too old for it
     ATTENTION |= {"csrc/attention_avx2.cpp": AVX2, "csrc/attention_avx512.cpp": AVX512}

@@ -6,5 +6,7 @@
 
 namespace core_kernels {
 extern const InstructionSet avx2_set;
-const InstructionSet avx2_set = {"avx2", find, {rms_norm, gate, rotate}};
+const Packing* find_integer_avx2(const Weight& weight);
+
+const InstructionSet avx2_set = {"avx2", find, {rms_norm, gate, rotate}, find_integer_avx2};
 }

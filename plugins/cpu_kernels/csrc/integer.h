@@ -1,9 +1,10 @@
-// Few rows of x times weights of at most 8 bits, by dot products of bytes.
+// Few rows of x times weights of at most 8 bits, by dot products of integers.
 //
-// x is brought to 16 bits once a call: x = scale * q with one scale for X_BLOCK columns of a row and |q| <= LARGEST, and q cut
-// into two signed bytes, 256 * high + low. Codes are unsigned bytes and stay exact, so that
+// x is brought to 16 bits once a call: x = scale * q with one scale for X_BLOCK columns of a row and |q| <= LARGEST. Codes are
+// unsigned bytes and stay exact. Where there are dot products of bytes, q is cut into two signed ones, 256 * high + low, so that
 //     sum(code * x) = scale * (256 * sum(code * high) + sum(code * low))
-// where both sums are exact integers. The error is that of q alone: at most scale / 2 a column.
+// with two sums that are exact integers; elsewhere q is multiplied as it is, in products of words, and there is one. The error
+// is that of q alone: at most scale / 2 a column.
 //
 // A weight is decoded 16 rows (the lanes of a vector) and at most CHUNK columns at a time into the first cache, four columns
 // of every row side by side, as instructions for dot products want them: [columns / 4][rows][4]. Then it is multiplied with
@@ -28,23 +29,23 @@ constexpr int64_t X_BLOCK = 128, CHUNK = 1024;
 constexpr float LARGEST = 127 * 256 + 127;
 constexpr float SMALL = 0x1p-64f, UP = 0x1p64f;
 
-// One row of a prepared x: two halves of the same shape, so that all bytes are rows `half` apart.
+// One row of a prepared x: X_PARTS parts of the same shape, `half` bytes apart: the high and the low bytes of q, or all of q.
 struct IntegerX {
-    int64_t bytes, blocks, pieces, half;  // half: of a row of x, in bytes
+    int64_t bytes, blocks, pieces, half;  // bytes: of a part's numbers
 
     IntegerX(const Weight& weight, int64_t piece)
-        : bytes((weight.in + 63) / 64 * 64), blocks((weight.in + X_BLOCK - 1) / X_BLOCK), pieces(weight.in / piece),
-          half((bytes + 4 * std::max(blocks, pieces) + 63) / 64 * 64 + 64) {
+        : bytes((weight.in + 63) / 64 * 64 * X_NUMBER), blocks((weight.in + X_BLOCK - 1) / X_BLOCK), pieces(weight.in / piece) {
+        half = (bytes + 4 * (X_PARTS == 2 ? std::max(blocks, pieces) : blocks + pieces) + 63) / 64 * 64 + 64;
         if (half % 1024 == 0) half += 64;  // rows must not start at the same place of a cache page
     }
-    int64_t stride() const { return 2 * half / 4; }  // floats from one row to the next
+    int64_t stride() const { return X_PARTS * half / 4; }  // floats from one row to the next
 
     static int8_t* at(const float* row) { return reinterpret_cast<int8_t*>(const_cast<float*>(row)); }
-    int8_t* high(const float* row) const { return at(row); }
-    int8_t* low(const float* row) const { return at(row) + half; }
-    float* scales(const float* row) const { return reinterpret_cast<float*>(at(row) + bytes); }       // [blocks]
-    float* sums(const float* row) const { return reinterpret_cast<float*>(at(row) + half + bytes); }  // [pieces]: of x, or as
-                                                       // integers those of q times minus the middle code
+    int8_t* numbers(const float* row, int64_t column) const { return at(row) + column * X_NUMBER; }  // of the first part
+    float* scales(const float* row) const { return reinterpret_cast<float*>(at(row) + bytes); }      // [blocks]
+    float* sums(const float* row) const {  // [pieces]: of x, or as integers those of q times minus the middle code
+        return reinterpret_cast<float*>(at(row) + bytes + (X_PARTS == 2 ? half : 4 * blocks));
+    }
 };
 
 struct Decoded {
@@ -67,7 +68,7 @@ struct NextRows {
         lines = ((end - at) / 64 + units) / units;
     }
     INLINE void ask() {
-        for (int64_t i = 0; i < lines && at < end; i++, at += 64) __builtin_prefetch(at);
+        for (int64_t i = 0; i < lines && at < end; i++, at += 64) __builtin_prefetch(at, 0, 2);
     }
 };
 
@@ -89,7 +90,7 @@ template <class Rows> bool setup_integer(Plan& plan) {
 inline int64_t no_sum_floats(const Plan&) { return 0; }
 
 // One block of a row. What is not finite gives a scale of NaN, and so NaN.
-template <class Rows> INLINE void prepare_block(const float* x, int64_t columns, int8_t* high, int8_t* low, float* scale, float* sums) {
+template <class Rows> INLINE void prepare_block(const float* x, int64_t columns, int8_t* numbers, int64_t half, float* scale, float* sums) {
     const float most = largest_magnitude(x, columns);
     const float up = most < SMALL ? UP : 1.0f;  // what is so small has no finite reciprocal
     *scale = most / LARGEST;
@@ -100,7 +101,7 @@ template <class Rows> INLINE void prepare_block(const float* x, int64_t columns,
         for (int v = 0; v < VECTORS; v++) {
             const VI q = rounded(mul(mul(load(x + k + v * W), first), factor));
             sum = plus(sum, q);
-            store_bytes(q, high + k + v * W, low + k + v * W, Rows::PAIRED);
+            store_numbers(q, numbers + (k + v * W) * X_NUMBER, half, Rows::PAIRED);
         }
         const int32_t found = total(sum);
         if constexpr (Rows::MIDDLE < 0) {
@@ -124,7 +125,7 @@ template <class Rows> void prepare_integer(const Plan& plan, const float* x, int
             from = ordered;
         }
         for (int64_t k = 0; k < weight.in; k += X_BLOCK)
-            prepare_block<Rows>(from + k, std::min(X_BLOCK, weight.in - k), to.high(row) + k, to.low(row) + k, to.scales(row) + k / X_BLOCK, to.sums(row) + k / Rows::PIECE);
+            prepare_block<Rows>(from + k, std::min(X_BLOCK, weight.in - k), to.numbers(row, k), to.half, to.scales(row) + k / X_BLOCK, to.sums(row) + k / Rows::PIECE);
     }
 }
 
@@ -139,18 +140,14 @@ struct Target {
     int skip;
 };
 
-// Sums of one piece, for ROWS rows of bytes 2 * half apart, the low ones `half` behind the high ones.
-template <class Rows, int ROWS> INLINE void integer_piece(const uint8_t* codes, const int8_t* x, int64_t half, VI* sums) {
-    VI high[ROWS], low[ROWS];
-    unrolled<ROWS>([&](auto r) { high[r] = low[r] = no_dots(); });
+// Sums of one piece, for ROWS rows of x.
+template <class Rows, int ROWS> PIECE_CALL void integer_piece(const uint8_t* codes, const int8_t* x, int64_t half, VI* sums) {
+    Dots dots[ROWS];
     unrolled<Rows::PIECE / 4>([&](auto step) {
-        const VI four = load_codes(codes + step * 4 * W);
-        unrolled<ROWS>([&](auto r) {
-            high[r] = dot(high[r], four, x + 2 * r * half + step * 4);
-            low[r] = dot(low[r], four, x + (2 * r + 1) * half + step * 4);
-        });
+        const Codes four = load_codes(codes + step * 4 * W);
+        unrolled<ROWS>([&](auto r) { dots[r].add(four, x + X_PARTS * r * half + step * 4 * X_NUMBER, half); });
     });
-    unrolled<ROWS>([&](auto r) { sums[r] = plus(times_256(high[r]), low[r]); });
+    unrolled<ROWS>([&](auto r) { sums[r] = dots[r].sum(); });
 }
 
 // Scales the sums of the piece at column `at` and adds them up: sum_of(r) for row r of x.
@@ -197,7 +194,7 @@ template <class Rows, int ROWS> struct IntegerTile {
             unrolled<ROWS>([&](auto r) { block[r] = zero(); });
             for (int64_t at = k; at < end; at += Rows::PIECE) {
                 VI sums[ROWS];
-                integer_piece<Rows, ROWS>(decoded.codes + (at - from) * W, x.high(row) + at, x.half, sums);
+                integer_piece<Rows, ROWS>(decoded.codes + (at - from) * W, x.numbers(row, at), x.half, sums);
                 scale_piece<Rows, ROWS>(decoded, x, row, from, at, [&](auto r) { return sums[r]; }, block, all);
             }
             scale_block<ROWS>(x, row, k, block, all);

@@ -60,7 +60,7 @@ template <class Rows, int ROWS> struct AmxTile {
         for (int64_t k = from; k < to; k += X_BLOCK) {
             const int64_t pieces = (std::min(k + X_BLOCK, to) - k) / Rows::PIECE;
             unrolled<PIECES>([&](auto p) {
-                if (p < pieces) amx_piece<Rows, p % SUMS>(decoded.codes + (k - from + p * Rows::PIECE) * W, x.high(row) + k + p * Rows::PIECE, x.half, sums[p][0]);
+                if (p < pieces) amx_piece<Rows, p % SUMS>(decoded.codes + (k - from + p * Rows::PIECE) * W, x.numbers(row, k + p * Rows::PIECE), x.half, sums[p][0]);
             });
             VF block[ROWS];
             unrolled<ROWS>([&](auto r) { block[r] = zero(); });

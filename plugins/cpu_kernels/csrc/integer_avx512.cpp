@@ -10,7 +10,7 @@ extern const InstructionSet avx512_set, avx512vnni_set;
 namespace {
 template <class Rows> struct Vnni {
     static constexpr auto multiply = multiply_integer<Rows>;
-    static constexpr int64_t most_rows = INTEGER_ROWS;
+    static constexpr int64_t least_rows = 1, most_rows = INTEGER_ROWS;
 };
 const Packing* find_floats(int32_t packing) { return avx512_set.find(packing); }
 }  // namespace

@@ -1,4 +1,4 @@
-// Which packing has products of bytes. Functions<Rows> has the loops, `multiply`, and `most_rows`.
+// Which packing has products of integers. Functions<Rows> has the loops, `multiply`, and `least_rows` to `most_rows`.
 #pragma once
 
 #include "integer_ggml.h"
@@ -7,12 +7,12 @@
 namespace core_kernels { namespace {
 
 template <template <class> class Functions, class Rows> const Packing* integer_packing() {
-    static const Packing found = {setup_integer<Rows>, prepare_integer<Rows>, Functions<Rows>::multiply, no_sum_floats, Functions<Rows>::most_rows};
+    static const Packing found = {setup_integer<Rows>, prepare_integer<Rows>, Functions<Rows>::multiply, no_sum_floats, Functions<Rows>::most_rows, nullptr, Functions<Rows>::least_rows};
     return &found;
 }
 
 template <template <class> class Functions, int BITS> const Packing* affine_integer(const Weight& weight) {
-    if (weight.group % 128 == 0) return integer_packing<Functions, AffineRows<BITS, 128>>();
+    if constexpr (MOST_PIECE >= 128) if (weight.group % 128 == 0) return integer_packing<Functions, AffineRows<BITS, 128>>();
     if (weight.group % 64 == 0) return integer_packing<Functions, AffineRows<BITS, 64>>();
     if (weight.group % 32 == 0) return integer_packing<Functions, AffineRows<BITS, 32>>();
     return nullptr;

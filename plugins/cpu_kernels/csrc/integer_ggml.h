@@ -67,7 +67,7 @@ struct Q41Rows : BlockRows<Q41Rows, 20, 32> {
     }
     static INLINE int64_t blocks(const uint8_t* at, int64_t stride, int64_t left, uint8_t* codes, float* scales, float* offsets) {
         VI words[20];
-        if (left < 4) {
+        if (W < 16 || left < 4) {  // 20 vectors of words want more than 16 registers
             words[0] = load_word_turned(at, stride);
             load_turned(at + 4, stride, words + 1);
             one(words, codes, scales, offsets);

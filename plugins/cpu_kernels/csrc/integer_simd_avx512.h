@@ -7,13 +7,10 @@ namespace core_kernels { namespace {
 
 constexpr int ROWS_AT_ONCE = 4;  // rows of x over a vector of codes
 constexpr int64_t INTEGER_ROWS = 512;
+constexpr int64_t X_PARTS = 2, X_NUMBER = 1;  // high and low bytes
+constexpr int MOST_PIECE = 128;  // columns
+#define PIECE_CALL INLINE
 
-// sum of each lane's four products of unsigned codes and four signed bytes of x, onto `before`
-inline VI dot(VI before, VI codes, const int8_t* four) {
-    int32_t x;
-    __builtin_memcpy(&x, four, 4);
-    return _mm512_dpbusd_epi32(before, codes, _mm512_set1_epi32(x));
-}
 inline VI no_dots() { return _mm512_setzero_si512(); }
 inline VI set1_integer(int32_t v) { return _mm512_set1_epi32(v); }
 inline VI times_256(VI v) { return _mm512_slli_epi32(v, 8); }
@@ -22,7 +19,8 @@ inline VI plus(VI a, VI b) { return _mm512_add_epi32(a, b); }
 inline VI either(VI a, VI b) { return _mm512_or_si512(a, b); }
 inline VI flip(VI a, int bits) { return _mm512_xor_si512(a, _mm512_set1_epi32(bits)); }
 inline void store_codes(uint8_t* to, VI v) { _mm512_store_si512(to, v); }
-inline VI load_codes(const uint8_t* from) { return _mm512_load_si512(from); }
+using Codes = VI;
+inline Codes load_codes(const uint8_t* from) { return _mm512_load_si512(from); }
 template <int SHIFT> inline VI shift_left(VI v) { return _mm512_slli_epi32(v, SHIFT); }
 template <int SHIFT> inline VI shift_signed(VI v) { return _mm512_srai_epi32(v, SHIFT); }
 
@@ -61,6 +59,24 @@ INLINE VI look_up_bytes(const uint8_t* table, VI codes) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), codes);
 }
 
+// Sums of each lane's products of four unsigned codes and four numbers of x.
+struct Dots {
+    VI high = no_dots(), low = no_dots();
+
+    INLINE void add(Codes codes, const int8_t* x, int64_t half) {
+        high = dot(high, codes, x);
+        low = dot(low, codes, x + half);
+    }
+    INLINE VI sum() const { return plus(times_256(high), low); }
+
+  private:
+    static INLINE VI dot(VI before, VI codes, const int8_t* four) {
+        int32_t x;
+        __builtin_memcpy(&x, four, 4);
+        return _mm512_dpbusd_epi32(before, codes, _mm512_set1_epi32(x));
+    }
+};
+
 // Lanes [skip, W) of a sum, onto what `before` has there.
 INLINE void add_lanes(float* out, const float* before, int skip, VF v) {
     const __mmask16 lanes = __mmask16(0xffffu << skip);
@@ -80,7 +96,7 @@ INLINE float largest_magnitude(const float* x, int64_t count) {
 INLINE VI rounded(VF v) { return _mm512_cvtps_epi32(v); }
 INLINE int32_t total(VI v) { return _mm512_reduce_add_epi32(v); }
 // q = 256 * high + low as bytes; neighbours by parity in every 8 where `paired`.
-INLINE void store_bytes(VI q, int8_t* high, int8_t* low, bool paired) {
+INLINE void store_numbers(VI q, int8_t* high, int64_t half, bool paired) {
     const VI top = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
     const VI rest = _mm512_sub_epi32(q, _mm512_slli_epi32(top, 8));
     __m128i h = _mm512_cvtepi32_epi8(top), l = _mm512_cvtepi32_epi8(rest);
@@ -89,7 +105,7 @@ INLINE void store_bytes(VI q, int8_t* high, int8_t* low, bool paired) {
         h = _mm_shuffle_epi8(h, order), l = _mm_shuffle_epi8(l, order);
     }
     _mm_storeu_si128(reinterpret_cast<__m128i*>(high), h);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(low), l);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(high + half), l);
 }
 
 }}  // namespace core_kernels

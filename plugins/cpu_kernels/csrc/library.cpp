@@ -120,7 +120,7 @@ extern "C" {
 
 #define EXPORT __attribute__((visibility("default")))
 
-EXPORT int32_t core_kernels_abi() { return 3; }
+EXPORT int32_t core_kernels_abi() { return 4; }
 
 // The functions of the OpenMP runtime that torch has loaded; null: one thread.
 EXPORT void core_kernels_threads(void* gomp_parallel, void* omp_get_max_threads) {
@@ -144,7 +144,7 @@ EXPORT void* core_kernels_make(const void* given, const Weight* weight) {
     std::unique_ptr<Ready> ready = make_ready(set.find(weight->packing), *weight);
     if (!ready || !set.find_few) return ready.release();
     ready->few = make_ready(set.find_few(*weight), *weight);
-    ready->few_rows = ready->few ? ready->few->packing->most_rows : 0;
+    if (ready->few) ready->few_from = ready->few->packing->least_rows, ready->few_rows = ready->few->packing->most_rows;
     return ready.release();
 }
 

@@ -2,6 +2,7 @@
 //
 //   x += output(attention(rotary(q_norm(q)), rotary(k_norm(k)), v))   with q, k, v of attention_norm(x)
 //   x += down(activation(gate) * up)                                  with gate, up of mlp_norm(x)
+//   logits = head(head_norm(x))                                       after the last layer, where they are wanted
 #pragma once
 
 #include "attention.h"
@@ -31,6 +32,10 @@ struct StackCall {
     double* seconds;               // [STACK_PARTS], added to; null: nobody wants to know
     int64_t tokens, hidden, angle_stride;
     int64_t first, last;           // layers
+    const void* head;              // of core_kernels_make; null: none
+    const float* head_norm;        // weight
+    float* logits;                 // [tokens, outputs of the head]
+    float head_eps;
 };
 
 }  // namespace core_kernels

@@ -89,11 +89,13 @@ class StackRun {
     StackRun(const InstructionSet& set, const AttentionSet& attention, const StackLayer* layers, const StackCall& call, int threads)
         : set(set), attention(attention), call(call), threads(threads) {
         for (int64_t i = call.first; i < call.last; i++) runs.push_back(describe(layers[i]));
+        head.add(call.head, call.tokens);
     }
 
     // False: there is no memory.
     bool prepare(Scratch& scratch) {
-        int64_t products = 0, qkv = 0, gates = 0, attended = 0, gated = 0;
+        int64_t products = head.floats(), qkv = 0, gates = 0, attended = 0, gated = 0;
+        if (head.tiled()) unit = TILED_X_ROWS;
         for (const LayerRun& run : runs) {
             for (const Products* one : {&run.qkv, &run.output, &run.gate_up, &run.down}) {
                 products = std::max(products, one->floats());
@@ -111,6 +113,7 @@ class StackRun {
         if (!at) return false;
         memory = at, normed = at + sizes[0], made = normed + sizes[1], wide = made + sizes[2], inner = wide + sizes[3];
         for (LayerRun& run : runs) place(run);
+        head.place(memory, call.logits, threads);
         return std::all_of(runs.begin(), runs.end(), [&](LayerRun& run) { return find_job(run); });
     }
 
@@ -122,7 +125,8 @@ class StackRun {
         });
     }
 
-    int64_t count() const { return int64_t(runs.size()) * OPERATIONS + 1; }
+    // Those of the layers, then the last addition, with the norm where a head follows, and the head.
+    int64_t count() const { return layer_stages() + 1 + head.count; }
 
     void start() { if (call.seconds) before = now(); }
 
@@ -131,7 +135,8 @@ class StackRun {
     int64_t chunks(int64_t stage) const {
         if (threads == 1) return 1;
         const int64_t hidden = call.hidden;
-        if (stage == count() - 1) return row_chunks(hidden);
+        if (stage == layer_stages()) return row_chunks(head.count ? 2 * hidden : hidden);
+        if (stage > layer_stages()) return head.chunks;
         const LayerRun& run = runs[size_t(stage / OPERATIONS)];
         switch (stage % OPERATIONS) {
             case BEFORE_QKV: case BEFORE_MLP: return row_chunks(2 * hidden);
@@ -148,7 +153,8 @@ class StackRun {
 
     void run(int64_t stage, int64_t chunk) {
         const int64_t of = chunks(stage), first = row(chunk, of), last = row(chunk + 1, of);
-        if (stage == count() - 1) return add(first, last);
+        if (stage > layer_stages()) return head.multiply(chunk);
+        if (stage == layer_stages()) return head.count ? norm(call.head_norm, call.head_eps, true, head, first, last) : add(first, last);
         const LayerRun& run = runs[size_t(stage / OPERATIONS)];
         switch (stage % OPERATIONS) {
             case BEFORE_QKV: return norm(run.layer->attention_norm, run.layer->attention_eps, stage > 0, run.qkv, first, last);
@@ -167,7 +173,8 @@ class StackRun {
     void finished(int64_t stage) {
         if (!call.seconds) return;
         const double at = now();
-        call.seconds[stage == count() - 1 ? SMALL : PART_OF[stage % OPERATIONS]] += at - before;
+        const bool of_layer = stage < layer_stages();
+        call.seconds[of_layer ? PART_OF[stage % OPERATIONS] : stage == layer_stages() ? SMALL : LINEARS] += at - before;
         before = at;
     }
 
@@ -177,11 +184,14 @@ class StackRun {
     const StackCall& call;
     const int threads;
     std::vector<LayerRun> runs;
+    Products head;  // none, or one
     struct Job { AttentionJob job; Scratch scratch; };
     std::vector<std::unique_ptr<Job>> jobs;  // by shape
     float *memory = nullptr, *normed = nullptr, *made = nullptr, *wide = nullptr, *inner = nullptr;
     double before = 0;
     int64_t unit = 1;  // rows that are not parted: those of a tile where a product uses tiles
+
+    int64_t layer_stages() const { return int64_t(runs.size()) * OPERATIONS; }
 
     static double now() {
         timespec at;

@@ -64,6 +64,7 @@ struct Packing {
     int64_t (*sum_floats)(const Plan&);
     int64_t most_rows = 0;  // of x, up to which it is worth it; 0: any number
     const struct Tiled* tiled = nullptr;  // another way for many rows
+    int64_t least_rows = 1;  // of x, from which on it is worth it
 };
 
 // Numbers of packings; mirrored by core_cpu_kernels/kernels.py. GGML's are 100 + ggml_type.

@@ -19,7 +19,7 @@ from core_cpu_kernels.library import instruction_sets
 
 BOUND = 2e-6  # relative, by norm: what accumulation in float32 explains
 BYTES_BOUND = 1e-4  # where x is brought to 16 bits for products of bytes
-BYTES_ROWS = {"amx": 512, "avx512vnni": 512}  # instruction set -> up to which number of rows that is done at the most
+BYTES_ROWS = {"amx": 512, "avx512vnni": 512, "avx2": 512}  # up to which number of rows that is done at the most
 ROWS = [1, 2, 3, 4, 5, 6, 7, 13, 23, 24, 33, 129, 512]
 NF4 = (-1.0, -0.69, -0.52, -0.39, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16, 0.24, 0.33, 0.44, 0.56, 0.72, 1.0)
 HALVES_AT = {  # where a block keeps its scale and its min

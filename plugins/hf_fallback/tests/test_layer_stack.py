@@ -7,6 +7,7 @@ from core import LLM, SamplingParams
 from core.errors import CoreError
 from core.layers import LayerStack
 from core.testing import tiny_checkpoint
+from core_hf_fallback.patches.layer_stack import LaterLayer, Shared
 
 pytest.importorskip("core_cpu_kernels", reason="not installed where there is no C++ compiler")
 
@@ -70,8 +71,25 @@ def test_layers_that_are_looked_at_run_one_by_one(llama, together):
     seen = []
     handle = layers[1].register_forward_hook(lambda layer, args, out: seen.append(torch.equal(args[0], out)))
     assert answers(llama) == wanted
-    assert seen and not any(seen) and not together
+    assert seen and not any(seen) and not any(together)
     handle.remove()
+
+
+def test_a_loop_over_the_layers_calls_the_first_alone_and_elsewhere_the_list_is_whole(llama, monkeypatch):
+    monkeypatch.setattr(LaterLayer, "__call__", lambda *_, **__: pytest.fail("it has nothing to do"))
+    answers(llama)
+    layers = llama._engine.runner.model.module.model.layers
+    assert len(layers) == len(list(layers)) == len(layers[:]) == 4
+    assert list(layers[1:]) == list(layers)[1:]
+
+
+def test_the_first_layer_alone_runs_the_others_one_by_one_where_the_kernel_does_not(llama, monkeypatch, together):
+    wanted = answers(llama)
+    llama.reset_prefix_cache()
+    together.clear()
+    monkeypatch.setattr(Shared, "run", lambda *_: None)
+    assert answers(llama) == wanted
+    assert not together
 
 
 def test_a_layer_that_is_called_otherwise_is_an_error_that_names_the_patch(llama, monkeypatch):

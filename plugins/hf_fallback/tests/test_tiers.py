@@ -1,6 +1,8 @@
 """Each architecture is served by the fastest tier that is right for it, and answers like `generate`."""
 
+from dataclasses import replace
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from core.errors import NoImplementation
 from core.testing import assert_matches_transformers, tiny_checkpoint
 from core_hf_fallback import probe, versions
 from core_hf_fallback.build import Loaded
+from core_hf_fallback.interface import Binding
 
 OLDEST = versions.major_minor(version("transformers")) == versions.OLDEST
 TIERS = {
@@ -140,3 +143,47 @@ def test_rounding_moves_the_paged_tier_as_it_moves_the_plain_module(gpt2, monkey
     with open_llm(gpt2, model_impl="transformers/paged"):
         assert 0 < plain[0] / 10 < moved[0] < plain[0] * 10
     assert len(set(moved)) == 1  # it is measured once
+
+
+@pytest.fixture
+def rounded_otherwise(monkeypatch):
+    """Return a function that moves what attention gives, up and down in turn, by a share of it."""
+    plain = Binding.attend_as
+
+    def move(share):
+        def attend(binding, *args):
+            out = plain(binding, *args)
+            signs = 1 - 2 * (torch.arange(out.shape[-1]) % 2)
+            return out if binding.recording else (out * (1 + signs * share)).to(out.dtype)
+
+        monkeypatch.setattr(Binding, "attend_as", attend)
+
+    return move
+
+
+def test_in_half_types_a_token_may_go_to_another_expert_by_rounding(tmp_path, rounded_otherwise):
+    """Its logits are then anywhere, in the module's own forward too: by 0.9 of their spread beside float32."""
+    folder = tiny_checkpoint("mixtral", tmp_path)
+    asked = {"model_impl": "transformers/paged", "dtype": "bfloat16", "disable_patches": ("layer-stack",)}
+    rounded_otherwise(2**-7)
+    with open_llm(folder, **asked) as llm:
+        assert llm.model_impl_name == "transformers/paged"
+    rounded_otherwise(0.5)
+    with pytest.raises(NoImplementation, match="its logits differ from the plain module's"):
+        open_llm(folder, **asked)
+
+
+def test_a_place_is_wrong_if_it_is_far_off_in_every_text_that_is_drawn(monkeypatch):
+    def difference(*found):
+        answers = iter(found)
+        monkeypatch.setattr(probe.Probe, "_far", lambda *_: dict.fromkeys(next(answers), 0.9))
+        model = SimpleNamespace(impl_name="", vocab_size=9, features=None, kv_specs=list)
+        drawn = [probe.Probe(probe.SHORT, {}, {}, None) for _ in range(3)]
+        asked = replace(drawn[0], others=tuple(drawn[1:]))
+        return asked.difference(model, SimpleNamespace(allocate=lambda *_, **__: None), torch.device("cpu"))
+
+    first, decoded, others = (1, "A", 3), (2, "A", 11), (2, "B", 4)
+    assert difference([]) is None
+    assert difference([first, others], [decoded]) is None
+    assert difference([first, others], [others], [decoded]) is None
+    assert "step 2, tokens 11 to 11 of request A" in difference([decoded, first], [others, decoded], [decoded])

@@ -16,7 +16,7 @@ import torch
 
 from core.errors import PluginError
 
-ABI = 3
+ABI = 4
 ISA_VARIABLE = "CORE_CPU_KERNELS_ISA"  # one of these instead of the best that the machine has
 INSTRUCTION_SETS = ("amx", "avx512vnni", "avx512", "avx2", "plain")  # the best first
 

@@ -11,7 +11,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from core.contracts import AttentionBackend, LayerParts
+from core.contracts import AttentionBackend, HeadParts, LayerParts
 from core.errors import CoreError
 from core.reach import Reach
 from core_cpu_kernels.attention import CpuKernelAttention, attention_error
@@ -42,15 +42,26 @@ class StackCall(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "cosines", "sines", "steps", "seconds")),
         *((name, ctypes.c_int64) for name in ("tokens", "hidden", "angle_stride", "first", "last")),
+        *((name, ctypes.c_void_p) for name in ("head", "head_norm", "logits")),
+        ("head_eps", ctypes.c_float),
     ]
 
 
-def make_stack(library: Library, layers: Sequence[LayerParts]) -> DecoderKernel | None:
+def make_stack(library: Library, layers: Sequence[LayerParts], head: HeadParts | None) -> DecoderKernel | None:
     """Return the kernel of these layers; None if a part of one is not as the library can run it."""
     if not layers or not all(_can_run(library, parts) for parts in layers):
         return None
-    hidden = {parts.output.out_features for parts in layers} | {parts.down.out_features for parts in layers}
-    return DecoderKernel(library, layers, hidden.pop()) if len(hidden) == 1 else None
+    widths = {parts.output.out_features for parts in layers} | {parts.down.out_features for parts in layers}
+    hidden = widths.pop()
+    if widths:
+        return None
+    return DecoderKernel(library, layers, hidden, head if head is not None and _is_end(library, head, hidden) else None)
+
+
+def _is_end(library: Library, parts: HeadParts, hidden: int) -> bool:
+    norm, head = parts.norm, parts.head
+    ours = isinstance(norm, NormKernel) and isinstance(head, KernelFunction) and norm.library is head.library is library
+    return ours and norm.width == head.in_features == hidden
 
 
 def _can_run(library: Library, parts: LayerParts) -> bool:
@@ -90,10 +101,13 @@ class _Bound:
 class DecoderKernel:
     """A `core.contracts.DecoderKernel`."""
 
-    def __init__(self, library: Library, layers: Sequence[LayerParts], hidden: int) -> None:
-        self._run, self._hidden, self._layers = library.stack, hidden, list(layers)
+    def __init__(self, library: Library, layers: Sequence[LayerParts], hidden: int, head: HeadParts | None) -> None:
+        self._run, self._hidden, self._layers, self._head = library.stack, hidden, list(layers), head
+        self.has_head = head is not None
         self._structs = (StackLayer * len(layers))(*map(_describe, layers))
         self._call = StackCall(hidden=hidden)
+        if head is not None:
+            self._call.head_norm, self._call.head_eps = head.norm.at, head.norm.eps
         self._at, self._call_at = ctypes.addressof(self._structs), ctypes.addressof(self._call)
         self._dims = {parts.head_dim for parts in layers}
         self._bound: _Bound | None = None
@@ -102,7 +116,16 @@ class DecoderKernel:
     def takes(self, attention: AttentionBackend, tokens: int) -> bool:
         return isinstance(attention, CpuKernelAttention) and tokens <= MOST_TOKENS
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBackend, first: int, last: int) -> None:
+    def run(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention: AttentionBackend,
+        first: int,
+        last: int,
+        logits: Tensor | None = None,
+    ) -> None:
         assert isinstance(attention, CpuKernelAttention)
         bound = self._bound
         if bound is None or bound.backend() is not attention:
@@ -113,10 +136,22 @@ class DecoderKernel:
         call.steps = ctypes.addressof(addresses := (ctypes.c_void_p * len(steps))(*steps))
         call.x, call.cosines, call.sines = x.data_ptr(), cos.data_ptr(), sin.data_ptr()
         call.tokens, call.angle_stride, call.first, call.last = len(x), cos.stride(0), first, last
+        call.head = None
+        if logits is not None:
+            call.head, call.logits = self._head_for(logits, len(x)), logits.data_ptr()
         failure = self._run(attention.set, self._at, self._call_at)
         del addresses
         if failure:
             raise attention_error(failure, bound.views[first].spec)
+
+    def _head_for(self, logits: Tensor, tokens: int) -> int:
+        if self._head is None:
+            raise CoreError("These layers were made without a head.")
+        head: KernelFunction = self._head.head  # type: ignore[assignment]
+        plain = logits.dtype is torch.float32 and logits.is_contiguous()
+        if not plain or logits.shape != (tokens, head.out_features):
+            raise CoreError(f"The head fills float32 [{tokens}, {head.out_features}], not {list(logits.shape)}.")
+        return head.made
 
     def _check(self, x: Tensor, cos: Tensor, sin: Tensor, attention: CpuKernelAttention) -> None:
         tokens = len(x)

@@ -27,7 +27,7 @@ from core_hf_fallback.module_state import ModuleState
 from core_hf_fallback.paged import NotPaged, PagedModel, logits_of
 from core_hf_fallback.patches.calls import LinearCalls, linear_calls
 from core_hf_fallback.patches.patcher import Patcher
-from core_hf_fallback.probe import LONG, SHORT, Probe, layout_for, rows_difference, run_rows
+from core_hf_fallback.probe import DRAWS_IN_HALF, LONG, SHORT, Probe, layout_for, rows_difference, run_rows
 from core_hf_fallback.ropes import Ropes
 from core_hf_fallback.rows import RowsModel
 from core_hf_fallback.state import CannotBatch
@@ -87,7 +87,9 @@ class Loaded:
             ) from error
 
     def _probe_of(self, embedding: nn.Module | None, together: bool) -> Probe:
-        return Probe.of(self.layout, self.plain_logits, self.embedding_size, embedding, together)
+        half = any(weight.dtype in (torch.bfloat16, torch.float16) for weight in self.module.parameters())
+        draws = DRAWS_IN_HALF if half else 1
+        return Probe.of(self.layout, self.plain_logits, self.embedding_size, embedding, together, draws)
 
     @cached_property
     def movement(self) -> float:

@@ -62,8 +62,11 @@ class PagedModel:
     def forward(self, batch: Batch) -> Tensor:
         self.binding.start(batch)
         rows = batch.logit_rows if len(batch.logit_rows) else batch.logit_rows.new_zeros(1)
-        with self.ropes.flat(text_lengths(batch, self.ropes.restart_after) if self.ropes else []):
-            logits = self._logits(batch.token_ids, batch.positions, rows)
+        try:
+            with self.ropes.flat(text_lengths(batch, self.ropes.restart_after) if self.ropes else []):
+                logits = self._logits(batch.token_ids, batch.positions, rows)
+        finally:
+            self.binding.batch = None  # whoever looks at the module between forwards finds it as it is
         return logits[: len(batch.logit_rows)]
 
     def release(self, request_id: str) -> None:

@@ -24,6 +24,7 @@ from core.layers import (
     MergedLinear,
     RMSNorm,
     Rotary,
+    head_parts,
     layer_parts,
 )
 from core.reach import Reach
@@ -115,16 +116,23 @@ class LlamaModel(nn.Module):
     def join_layers(self, kernels: Kernels) -> None:
         """Run all layers in one call from now on, where the kernels can; called when the linears are packed."""
         parts = [layer.parts() for layer in self.layers]  # type: ignore[operator]
-        kernel = None if None in parts else kernels.decoder(parts)
-        self.stack = None if kernel is None else LayerStack(kernel, list(self.layers))
+        kernel = None if None in parts else kernels.decoder(parts, head_parts(self.norm, self.head))
+        self.stack = None if kernel is None else LayerStack(kernel, list(self.layers), (self.norm, self.head))
 
     def forward(self, batch: Batch) -> Tensor:
         x = self.embedding(batch.token_ids)
         rotation = self.rotary(batch, self.dtype)
-        if self.stack is None or not self.stack.run(x, rotation, batch.attention):
-            for layer in self.layers:
-                x = layer(x, rotation, batch)
         everything = len(batch.logit_rows) == len(x)  # ascending, so all of them are x
+        if self.stack is not None:
+            whole = everything and self.stack.kernel.has_head
+            filled = x.new_empty(len(x), self.vocab_size) if whole else None
+            if self.stack.run(x, rotation, batch.attention, filled):
+                return self._logits(x, batch, everything) if filled is None else filled
+        for layer in self.layers:
+            x = layer(x, rotation, batch)
+        return self._logits(x, batch, everything)
+
+    def _logits(self, x: Tensor, batch: Batch, everything: bool) -> Tensor:
         logits: Tensor = self.head(self.norm(x) if everything else self.norm.of_rows(x, batch.logit_rows))
         return logits
 

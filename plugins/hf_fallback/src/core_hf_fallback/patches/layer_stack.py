@@ -2,7 +2,8 @@
 
 The first layer of a stack runs all of them; the others hand on what they are given. Which layers follow each other the
 recording forward has seen: one's output is the next one's input, and all turn by the same angles. While serving, layers
-that are called otherwise are an error; where somebody looks at one, all of a stack run one by one.
+that are called otherwise are an error; where somebody looks at one, all of a stack run one by one. Most models loop
+over one list and give each layer the same: they are shown the first alone (stacked_list.py).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from core.contracts import Kernels, LayerParts
@@ -20,6 +22,7 @@ from core_hf_fallback.patches.calls import BlockCall, LinearCalls
 from core_hf_fallback.patches.decoder_layer import FusedLayer
 from core_hf_fallback.patches.gated_mlp import FusedMLP
 from core_hf_fallback.patches.operations import Norm
+from core_hf_fallback.patches.stacked_list import show_first
 
 ANGLES, MASK = "position_embeddings", "attention_mask"
 
@@ -32,18 +35,29 @@ def stack_layers(module: nn.Module, calls: LinearCalls, kernels: Kernels | None)
     for layers in _chains(module, calls):
         kernel = kernels.decoder([parts_of(layer.forward) for layer in layers])  # type: ignore[misc, arg-type]
         if kernel is not None:
-            undo += _replace(layers, LayerStack(kernel, layers))
+            shared = Shared(LayerStack(kernel, layers))
+            undo += _replace(layers, shared)
+            if _given_the_same(layers, module, calls):
+                undo += show_first(module, layers, shared.runs_all)
     return undo
 
 
-def _replace(layers: Sequence[nn.Module], stack: LayerStack) -> list[Callable[[], None]]:
-    layers[0].stack = stack  # type: ignore[assignment]
-    shared, undo = Shared(stack), [lambda: delattr(layers[0], "stack")]
+def _given_the_same(layers: Sequence[nn.Module], module: nn.Module, calls: LinearCalls) -> bool:
+    """True if every layer was given what the first was, beside its input."""
+    paths = {id(part): path for path, part in module.named_modules()}
+    first, *others = (calls.blocks[paths[id(layer)]][0].kwargs for layer in layers)
+    return all(one.keys() == first.keys() and all(one[name] is first[name] for name in first) for one in others)
+
+
+def _replace(layers: Sequence[nn.Module], shared: Shared) -> list[Callable[[], None]]:
+    layers[0].stack = shared.stack  # type: ignore[assignment]
+    undo = [lambda: delattr(layers[0], "stack")]
     for index, layer in enumerate(layers):
         fused = layer.forward
         assert isinstance(fused, FusedLayer)
         kind = FirstLayer if index == 0 else LaterLayer
-        layer.forward = kind(shared, fused, is_last=index == len(layers) - 1)  # type: ignore[method-assign]
+        shared.layers.append((layer, kind(shared, fused, is_last=index == len(layers) - 1)))
+        layer.forward = shared.layers[-1][1]  # type: ignore[method-assign]
         undo.append(lambda layer=layer, fused=fused: setattr(layer, "forward", fused))  # type: ignore[misc]
     return undo
 
@@ -118,13 +132,27 @@ class Shared:
 
     def __init__(self, stack: LayerStack) -> None:
         self.stack = stack
+        self.layers: list[tuple[nn.Module, StackedLayer]] = []
         self.out: Tensor | None = None  # of all layers, until the last one was called; None: they run one by one
         self.angles: Any = None
+        self.is_alone = False  # the first layer is the only one that will be called
+
+    def runs_all(self) -> bool:
+        """True if the first layer is going to run all of them in this forward; then it need be the only one called."""
+        attention = self.layers[0][1].attention
+        batch = attention.binding.batch
+        self.is_alone = (
+            batch is not None
+            and attention.dtype is torch.float32
+            and all(vars(layer)["forward"] is forward for layer, forward in self.layers)
+            and self.stack.takes(batch.attention, batch.num_tokens)
+        )
+        return self.is_alone
 
     def run(self, hidden_states: Tensor, angles: Any, attention: FusedAttention) -> Tensor | None:
         """Return what all layers make of hidden_states [1, tokens, hidden]; None if they have to run one by one."""
         batch = attention.binding.batch
-        if batch is None or self.stack.is_hooked or hidden_states.shape[0] != 1:
+        if batch is None or hidden_states.shape[0] != 1:
             return None
         x = hidden_states[0].clone()  # the model may still want what it handed over
         cos, sin = (angle[0].contiguous() for angle in angles)
@@ -159,10 +187,15 @@ class FirstLayer(StackedLayer):
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         shared = self.shared
-        shared.out = None
+        called = shared.layers if shared.is_alone else shared.layers[:1]
+        shared.out, shared.is_alone = None, False
         if self._is_usual(args, kwargs):
             shared.out = shared.run(hidden_states, kwargs[ANGLES], self.attention)
-        out = self.fused(hidden_states, *args, **kwargs) if shared.out is None else shared.out
+        if shared.out is None:
+            for _, layer in called:
+                hidden_states = layer.fused(hidden_states, *args, **kwargs)
+            return hidden_states
+        out = shared.out
         if self.is_last:
             shared.out = None
         return out

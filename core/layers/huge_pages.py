@@ -1,0 +1,55 @@
+"""Weights of a CPU on huge pages, one after the other in the order in which a step reads them.
+
+With pages of 4 KiB the processor looks up an address every 64 lines, and stops reading ahead there. In a virtual
+machine of two Zen 4 cores a thread read weights at 17 GB/s so, and at 26 GB/s from pages of 2 MiB.
+"""
+
+from __future__ import annotations
+
+import mmap
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from core.layers.quantized import QuantizedTensor
+
+HUGE_PAGE = 2 << 20  # bytes
+CHUNK = 32 * HUGE_PAGE  # of memory that is asked for at once; only what is written to is ever taken
+LEAST = 1 << 17  # bytes of a tensor that is worth moving
+LINE = 64
+CAN_ASK = hasattr(mmap, "MADV_HUGEPAGE")  # Linux
+
+
+class HugePages:
+    """Memory for one model's weights. It is freed with the last tensor of it."""
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def place(self, weight: Tensor) -> None:
+        """Move a weight's memory here, in place: whoever shares the weight finds the same numbers there."""
+        if isinstance(weight, QuantizedTensor):
+            for name, part in weight.parts.items():
+                weight.parts[name] = self._moved(part)
+        elif type(weight) in (Tensor, torch.nn.Parameter):
+            weight.data = self._moved(weight.data)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        if not CAN_ASK or tensor.device.type != "cpu" or tensor.nbytes < LEAST or not tensor.is_contiguous():
+            return tensor
+        size = -(-tensor.nbytes // LINE) * LINE
+        if size > len(self._free):
+            self._free = _mapped(max(size, CHUNK))
+        memory, self._free = self._free[: tensor.nbytes], self._free[size:]
+        return memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def _mapped(size: int) -> Tensor:
+    """Return memory that begins on a huge page."""
+    whole = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them: the pages are small ones, and all else is the same
+        whole.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(whole, dtype=torch.uint8)
+    skipped = -memory.data_ptr() % HUGE_PAGE
+    return memory[skipped : skipped + size]
