@@ -142,12 +142,17 @@ struct Target {
 
 // Sums of one piece, for ROWS rows of x.
 template <class Rows, int ROWS> PIECE_CALL void integer_piece(const uint8_t* codes, const int8_t* x, int64_t half, VI* sums) {
-    Dots dots[ROWS];
+    VI parts[X_PARTS][ROWS];  // by part: of structures by row GCC keeps some in memory
+    unrolled<X_PARTS>([&](auto part) { unrolled<ROWS>([&](auto r) { parts[part][r] = no_dots(); }); });
     unrolled<Rows::PIECE / 4>([&](auto step) {
         const Codes four = load_codes(codes + step * 4 * W);
-        unrolled<ROWS>([&](auto r) { dots[r].add(four, x + X_PARTS * r * half + step * 4 * X_NUMBER, half); });
+        unrolled<ROWS>([&](auto r) {
+            unrolled<X_PARTS>([&](auto part) {
+                parts[part][r] = dots(parts[part][r], four, x + (X_PARTS * r + part) * half + step * 4 * X_NUMBER);
+            });
+        });
     });
-    unrolled<ROWS>([&](auto r) { sums[r] = dots[r].sum(); });
+    unrolled<ROWS>([&](auto r) { sums[r] = X_PARTS == 2 ? plus(times_256(parts[0][r]), parts[X_PARTS - 1][r]) : parts[0][r]; });
 }
 
 // Scales the sums of the piece at column `at` and adds them up: sum_of(r) for row r of x.

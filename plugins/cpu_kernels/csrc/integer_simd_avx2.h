@@ -26,23 +26,17 @@ using Codes = VI;
 inline Codes load_codes(const uint8_t* from) { return _mm256_load_si256(reinterpret_cast<const VI*>(from)); }
 
 // Sums of each lane's products of four codes and four numbers of x, which stand in the order first, third, second, fourth.
-struct Dots {
-    VI total = no_dots();
-
-    INLINE void add(Codes codes, const int8_t* x, int64_t) {  // what all rows of x have in common is computed once
-        total = plus(total, _mm256_madd_epi16(mask(codes, 0x00ff00ff), two(x)));
-        total = plus(total, _mm256_madd_epi16(_mm256_srli_epi16(codes, 8), two(x + 4)));
-        asm("" : "+x"(total));  // one sum after the other: GCC would make all products first, and keep them in memory
-    }
-    INLINE VI sum() const { return total; }
-
-  private:
-    static INLINE VI two(const int8_t* words) {
-        int32_t x;
-        __builtin_memcpy(&x, words, 4);
-        return _mm256_set1_epi32(x);
-    }
-};
+INLINE VI dots(VI before, Codes codes, const int8_t* x) {  // what all rows of x have in common is computed once
+    const auto two = [](const int8_t* words) {
+        int32_t both;
+        __builtin_memcpy(&both, words, 4);
+        return _mm256_set1_epi32(both);
+    };
+    before = plus(before, _mm256_madd_epi16(mask(codes, 0x00ff00ff), two(x)));
+    before = plus(before, _mm256_madd_epi16(_mm256_srli_epi16(codes, 8), two(x + 4)));
+    asm("" : "+x"(before));  // one sum after the other: GCC would make all products first, and keep them in memory
+    return before;
+}
 
 // 16 bytes of each of 8 rows: word t of every row in the lanes of four[t].
 INLINE void load_turned(const uint8_t* at, int64_t stride, VI* four) {
@@ -104,7 +98,7 @@ INLINE int32_t total(VI v) {
     four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
 }
-// q as words, every four in the order of Dots; four are every second of 8 where `paired`, else neighbours.
+// q as words, every four in the order that `dots` wants; four are every second of 8 where `paired`, else neighbours.
 INLINE void store_numbers(VI q, int8_t* to, int64_t, bool paired) {
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
     const __m128i order = paired ? _mm_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, 2, 3, 10, 11, 6, 7, 14, 15)

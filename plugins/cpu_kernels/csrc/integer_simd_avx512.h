@@ -59,23 +59,12 @@ INLINE VI look_up_bytes(const uint8_t* table, VI codes) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), codes);
 }
 
-// Sums of each lane's products of four unsigned codes and four numbers of x.
-struct Dots {
-    VI high = no_dots(), low = no_dots();
-
-    INLINE void add(Codes codes, const int8_t* x, int64_t half) {
-        high = dot(high, codes, x);
-        low = dot(low, codes, x + half);
-    }
-    INLINE VI sum() const { return plus(times_256(high), low); }
-
-  private:
-    static INLINE VI dot(VI before, VI codes, const int8_t* four) {
-        int32_t x;
-        __builtin_memcpy(&x, four, 4);
-        return _mm512_dpbusd_epi32(before, codes, _mm512_set1_epi32(x));
-    }
-};
+// sum of each lane's four products of unsigned codes and four signed bytes of x, onto `before`
+INLINE VI dots(VI before, Codes codes, const int8_t* four) {
+    int32_t x;
+    __builtin_memcpy(&x, four, 4);
+    return _mm512_dpbusd_epi32(before, codes, _mm512_set1_epi32(x));
+}
 
 // Lanes [skip, W) of a sum, onto what `before` has there.
 INLINE void add_lanes(float* out, const float* before, int skip, VF v) {
