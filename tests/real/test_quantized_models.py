@@ -13,7 +13,7 @@ from core.testing import assert_matches_dequantized
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1200)]
 IMPLS = ("native_llama", "transformers")
 ON_THE_FLY = ("int4", "int8", "bitsandbytes-nf4", "bitsandbytes-fp4", "bitsandbytes-int8")
-TOLERANCE = 0.03  # of logprobs: kernels may bring activations to 16 bits, which 30 layers amplify; tokens are the same
+TOLERANCE = 0.01  # of logprobs: some kernels bring activations to 16 bits (0.004 seen), others do not (under 0.002)
 QUESTIONS = (
     "What is the capital of Italy? Answer in one sentence.",
     "Write two lines about the moon.",
