@@ -93,7 +93,7 @@ def test_the_profile_says_what_it_costs_itself(make_engine):
     profile = Profile(seconds_per_call=profiler.seconds_per_call)
     with profiler:
         run_requests(engine, PROMPTS, 4, 2, lambda step: profile.add(profiler.take()))
-    assert profile.calls > profile.steps * 10
+    assert profile.calls > profile.steps * 5
     assert 0 < profile.overhead < 1
 
 
