@@ -6,6 +6,7 @@ machine of two Zen 4 cores a thread read weights at 17 GB/s so, and at 26 GB/s f
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from contextlib import suppress
 
@@ -17,7 +18,9 @@ from core.layers.quantized import QuantizedTensor
 HUGE_PAGE = 2 << 20  # bytes
 CHUNK = 32 * HUGE_PAGE  # of memory that is asked for at once; only what is written to is ever taken
 LEAST = 1 << 17  # bytes of a tensor that is worth moving
+LARGE = 16 << 20  # bytes of a tensor
 LINE = 64
+MADV_COLLAPSE = 25  # Linux 6.1: puts a range on huge pages where it is, one after the other
 CAN_ASK = hasattr(mmap, "MADV_HUGEPAGE")  # Linux
 
 
@@ -38,6 +41,8 @@ class HugePages:
     def _moved(self, tensor: Tensor) -> Tensor:
         if not CAN_ASK or tensor.device.type != "cpu" or tensor.nbytes < LEAST or not tensor.is_contiguous():
             return tensor
+        if tensor.nbytes >= LARGE and _collapsed(tensor):  # a second copy of it would be felt
+            return tensor
         size = -(-tensor.nbytes // LINE) * LINE
         if size > len(self._free):
             self._free = _mapped(max(size, CHUNK))
@@ -53,3 +58,11 @@ def _mapped(size: int) -> Tensor:
     memory = torch.frombuffer(whole, dtype=torch.uint8)
     skipped = -memory.data_ptr() % HUGE_PAGE
     return memory[skipped : skipped + size]
+
+
+def _collapsed(tensor: Tensor) -> bool:
+    """Put a tensor's memory on huge pages in place; False if the system cannot."""
+    begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    begin, end = -(-begin // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    return int(madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_COLLAPSE)) == 0
