@@ -1,11 +1,12 @@
 """Weights that kernels read move to huge pages, and whoever shares them sees them there."""
 
+import pytest
 import torch
 from torch import nn
 
-from core.layers import AffineTensor, Head
+from core.layers import AffineTensor, Head, huge_pages
 from core.layers.embedding import Embedding
-from core.layers.huge_pages import CAN_ASK, HUGE_PAGE, LEAST, HugePages
+from core.layers.huge_pages import CAN_ASK, HUGE_PAGE, LARGE, LEAST, HugePages
 from core.layers.linear import pack_linears
 
 COLUMNS = 256
@@ -42,6 +43,19 @@ def test_small_weights_stay_where_they_are():
     at = weight.data_ptr()
     HugePages().place(weight)
     assert weight.data_ptr() == at
+
+
+@pytest.mark.skipif(not CAN_ASK, reason="this system has no huge pages to ask for")
+@pytest.mark.parametrize("collapses", [True, False])
+def test_a_large_weight_is_moved_only_where_the_system_cannot_collapse_it_in_place(collapses, monkeypatch):
+    asked = []
+    monkeypatch.setattr(huge_pages, "_collapsed", lambda tensor: (asked.append(tensor.nbytes), collapses)[1])
+    weight = torch.randn(LARGE // 1024, 256)
+    at, wanted = weight.data_ptr(), weight.clone()
+    HugePages().place(weight)
+    assert asked == [weight.nbytes]
+    assert (weight.data_ptr() == at) == collapses
+    assert torch.equal(weight, wanted)
 
 
 def test_the_parts_of_a_quantized_weight_are_moved_one_by_one():

@@ -55,13 +55,23 @@ def make_stack(library: Library, layers: Sequence[LayerParts], head: HeadParts |
     hidden = widths.pop()
     if widths:
         return None
-    return DecoderKernel(library, layers, hidden, head if head is not None and _is_end(library, head, hidden) else None)
+    return DecoderKernel(library, layers, hidden, None if head is None else _end(library, head, hidden))
 
 
-def _is_end(library: Library, parts: HeadParts, hidden: int) -> bool:
+@dataclass(frozen=True)
+class _End:
+    """What follows the last layer, by this library's kernels."""
+
+    norm: NormKernel
+    head: KernelFunction
+
+
+def _end(library: Library, parts: HeadParts, hidden: int) -> _End | None:
     norm, head = parts.norm, parts.head
-    ours = isinstance(norm, NormKernel) and isinstance(head, KernelFunction) and norm.library is head.library is library
-    return ours and norm.width == head.in_features == hidden
+    if not isinstance(norm, NormKernel) or not isinstance(head, KernelFunction):
+        return None
+    ours = norm.library is head.library is library
+    return _End(norm, head) if ours and norm.width == head.in_features == hidden else None
 
 
 def _can_run(library: Library, parts: LayerParts) -> bool:
@@ -101,13 +111,13 @@ class _Bound:
 class DecoderKernel:
     """A `core.contracts.DecoderKernel`."""
 
-    def __init__(self, library: Library, layers: Sequence[LayerParts], hidden: int, head: HeadParts | None) -> None:
-        self._run, self._hidden, self._layers, self._head = library.stack, hidden, list(layers), head
-        self.has_head = head is not None
+    def __init__(self, library: Library, layers: Sequence[LayerParts], hidden: int, end: _End | None) -> None:
+        self._run, self._hidden, self._layers, self._end = library.stack, hidden, list(layers), end
+        self.has_head = end is not None
         self._structs = (StackLayer * len(layers))(*map(_describe, layers))
         self._call = StackCall(hidden=hidden)
-        if head is not None:
-            self._call.head_norm, self._call.head_eps = head.norm.at, head.norm.eps
+        if end is not None:
+            self._call.head_norm, self._call.head_eps = end.norm.at, end.norm.eps
         self._at, self._call_at = ctypes.addressof(self._structs), ctypes.addressof(self._call)
         self._dims = {parts.head_dim for parts in layers}
         self._bound: _Bound | None = None
@@ -145,9 +155,9 @@ class DecoderKernel:
             raise attention_error(failure, bound.views[first].spec)
 
     def _head_for(self, logits: Tensor, tokens: int) -> int:
-        if self._head is None:
+        if self._end is None:
             raise CoreError("These layers were made without a head.")
-        head: KernelFunction = self._head.head  # type: ignore[assignment]
+        head = self._end.head
         plain = logits.dtype is torch.float32 and logits.is_contiguous()
         if not plain or logits.shape != (tokens, head.out_features):
             raise CoreError(f"The head fills float32 [{tokens}, {head.out_features}], not {list(logits.shape)}.")

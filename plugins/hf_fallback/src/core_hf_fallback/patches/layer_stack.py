@@ -50,7 +50,7 @@ def _given_the_same(layers: Sequence[nn.Module], module: nn.Module, calls: Linea
 
 
 def _replace(layers: Sequence[nn.Module], shared: Shared) -> list[Callable[[], None]]:
-    layers[0].stack = shared.stack  # type: ignore[assignment]
+    vars(layers[0])["stack"] = shared.stack
     undo = [lambda: delattr(layers[0], "stack")]
     for index, layer in enumerate(layers):
         fused = layer.forward
