@@ -10,7 +10,7 @@ struct InstructionSet {
     const char* name;
     const Packing* (*find)(int32_t packing);  // null: none
     Elementwise elementwise;
-    const Packing* (*find_few)(const Weight&) = nullptr;  // faster for few rows of x; null, or answers null: none
+    const Packing* (*find_other)(const Weight&) = nullptr;  // faster for some numbers of rows of x; null, or answers null: none
 };
 
 }  // namespace core_kernels

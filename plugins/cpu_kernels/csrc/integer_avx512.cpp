@@ -13,8 +13,12 @@ template <class Rows> struct Vnni {
     static constexpr int64_t least_rows = 1, most_rows = INTEGER_ROWS;
 };
 const Packing* find_floats(int32_t packing) { return avx512_set.find(packing); }
+const Packing* find_other(const Weight& weight) {
+    const Packing* found = find_integer<Vnni>(weight);
+    return found ? found : avx512_set.find_other(weight);
+}
 }  // namespace
 
 // A constant: no code of this file may run where it was not chosen.
-constexpr InstructionSet avx512vnni_set = {"avx512vnni", find_floats, {rms_norm, gate, rotate}, find_integer<Vnni>};
+constexpr InstructionSet avx512vnni_set = {"avx512vnni", find_floats, {rms_norm, gate, rotate}, find_other};
 }

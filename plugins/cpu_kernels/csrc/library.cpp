@@ -68,6 +68,7 @@ void multiply(const void* given, int64_t first, int64_t last) {
     job.ready->packing->multiply(job.ready->plan, job.call, first, last);
 }
 
+constexpr int64_t SERIAL_NUMBERS = 1 << 15;  // numbers that one thread goes through before a second is called
 constexpr int64_t SERIAL_WORK = 1 << 15;  // multiply-adds below which a second thread costs more than it brings
 
 void multiply_all(const Job& job) {
@@ -79,6 +80,28 @@ void multiply_all(const Job& job) {
     share_out(shares, threads);
 }
 
+struct Given {
+    const Ready* ready;
+    const float* x;
+    float *prepared, *sums;
+    int64_t rows;
+};
+
+// Units of rows that are prepared together; one row by itself is prepared otherwise.
+void prepare(const void* shared, int64_t first, int64_t last) {
+    const Given& given = *static_cast<const Given*>(shared);
+    const Plan& plan = given.ready->plan;
+    const int64_t unit = given.ready->packing->x_rows, row = first * unit, end = std::min(last * unit, given.rows);
+    given.ready->packing->prepare(plan, given.x + row * plan.weight.in, end - row, given.prepared + row * plan.x_stride, given.sums);
+}
+
+void prepare_all(const Given& given) {
+    const int64_t unit = given.ready->packing->x_rows, units = (given.rows + unit - 1) / unit;
+    const bool parted = unit > 1 && given.rows * given.ready->plan.weight.in > SERIAL_NUMBERS;
+    Shares shares{prepare, &given, units, parted ? 1 : units, {0}};
+    share_out(shares, parted ? thread_count() : 1);
+}
+
 std::unique_ptr<Ready> make_ready(const Packing* packing, const Weight& weight) {  // null: not by this packing
     std::unique_ptr<Ready> ready(packing ? new (std::nothrow) Ready() : nullptr);
     if (!ready) return nullptr;
@@ -87,8 +110,6 @@ std::unique_ptr<Ready> make_ready(const Packing* packing, const Weight& weight) 
     if (!packing->setup(ready->plan)) ready.reset();
     return ready;
 }
-
-constexpr int64_t SERIAL_NUMBERS = 1 << 15;  // numbers that one thread goes through before a second is called
 
 // Rows of `width` numbers each, some at a time.
 template <class Call, void (*Elementwise::*member)(const Call&, int64_t, int64_t)>
@@ -142,9 +163,9 @@ EXPORT const char* core_kernels_name(const void* set) { return static_cast<const
 EXPORT void* core_kernels_make(const void* given, const Weight* weight) {
     const InstructionSet& set = *static_cast<const InstructionSet*>(given);
     std::unique_ptr<Ready> ready = make_ready(set.find(weight->packing), *weight);
-    if (!ready || !set.find_few) return ready.release();
-    ready->few = make_ready(set.find_few(*weight), *weight);
-    if (ready->few) ready->few_from = ready->few->packing->least_rows, ready->few_rows = ready->few->packing->most_rows;
+    if (!ready || !set.find_other) return ready.release();
+    ready->other = make_ready(set.find_other(*weight), *weight);
+    if (ready->other) ready->least_rows = ready->other->packing->least_rows, ready->most_rows = ready->other->packing->most_rows;
     return ready.release();
 }
 
@@ -155,10 +176,10 @@ EXPORT int32_t core_kernels_linear(const void* given, const float* x, float* out
     const Ready& ready = static_cast<const Ready*>(given)->of(rows);
     const Tiled* tiled = ready.packing->tiled;
     if (tiled && rows >= tiled->from_rows) return !multiply_tiled(*tiled, ready.plan, x, out, rows);
-    const int64_t floats = rows * ready.plan.x_stride, sum_floats = rows == 1 ? ready.packing->sum_floats(ready.plan) : 0;
+    const int64_t floats = ready.packing->x_floats(ready.plan, rows), sum_floats = rows == 1 ? ready.packing->sum_floats(ready.plan) : 0;
     float* memory = scratch.get(floats + sum_floats);
     if (!memory) return 1;
-    ready.packing->prepare(ready.plan, x, rows, memory, memory + floats);
+    prepare_all({&ready, x, memory, memory + floats, rows});
     multiply_all({&ready, {memory, memory + floats, out, rows}});
     return 0;
 }

@@ -7,6 +7,7 @@
 //   one            sum(raw * x) and sum(x) of a segment first, scale and offset once a segment
 //   up to FEW      a vector of weights is decoded into a register and used for every row
 //   more           a block of weights is decoded into the cache, then multiplied like floats, MAX_ROWS x 4 sums at a time
+// Many rows of x lie in lanes instead: panels.h, and lanes.h for floats.
 #pragma once
 
 #include <algorithm>

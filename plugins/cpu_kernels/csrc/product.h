@@ -19,14 +19,16 @@ struct Product {
         return found && rows >= found->from_rows ? found : nullptr;
     }
     int64_t x_floats() const {
-        if (!tiled()) return rows * ready->plan.x_stride;
+        if (!tiled()) return ready->packing->x_floats(ready->plan, rows);
         const TiledColumns columns(*tiled(), ready->plan, rows);
         return (columns.offset(columns.blocks) + 1) / 2;
     }
     int64_t floats() const { return x_floats() + (rows == 1 ? ready->packing->sum_floats(ready->plan) : 0); }
 
-    // Rows [first, last) of x [rows, inputs]: all of them, or at least two (what is one row is prepared otherwise). With
-    // tiles `first` is a multiple of TILED_X_ROWS, and so is `last` but for the last rows.
+    int64_t x_rows() const { return tiled() ? TILED_X_ROWS : ready->packing->x_rows; }  // that are prepared together
+
+    // Rows [first, last) of x [rows, inputs]: all of them, or at least two (what is one row is prepared otherwise). `first`
+    // is a multiple of x_rows(), and so is `last` but for the last rows.
     void prepare(const float* x, int64_t first, int64_t last) const {
         const auto cut = [&](const Tiled& tiled, const TiledColumns& columns, int64_t block, int64_t t) {
             tiled.cut_x(ready->plan, x, t * TILED_X_ROWS, rows, columns.from(block), columns.from(block + 1), tiles(columns, block) + t * columns.numbers(block));

@@ -10,10 +10,10 @@ namespace core_kernels {
 struct Ready {
     Plan plan;
     const Packing* packing = nullptr;
-    std::unique_ptr<Ready> few;  // the same weight for few_from to few_rows rows of x, which it prepares otherwise
-    int64_t few_from = 0, few_rows = 0;
+    std::unique_ptr<Ready> other;  // the same weight for least_rows to most_rows of x, which it prepares otherwise
+    int64_t least_rows = 0, most_rows = -1;
 
-    const Ready& of(int64_t rows) const { return rows >= few_from && rows <= few_rows ? *few : *this; }
+    const Ready& of(int64_t rows) const { return rows >= least_rows && rows <= most_rows ? *other : *this; }
 };
 
 }  // namespace core_kernels

@@ -16,6 +16,11 @@ constexpr int FEW_ROWS = 2;  // beside weights that are being decoded
 constexpr int PANEL_TILE = 6;  // rows of x at once over a panel: two sums each
 constexpr int PANEL_ROWS = 12;  // of x, from which on panels are worth it
 
+constexpr int LANES_VECTORS = 3;                          // of rows of x in lanes, at once, at the most ...
+constexpr int LANES_COLUMNS[LANES_VECTORS] = {8, 4, 4};  // ... with so many rows of the weight
+constexpr int LANES_PARTS = 1;                            // of a sum, where one vector of rows is all there is
+constexpr int LANES_LEAST = 7;                            // rows that are worth all W lanes
+
 using VF = __m256;
 using VI = __m256i;
 
@@ -36,6 +41,7 @@ inline float sum(VF v) { return _mm_cvtss_f32(sums(v, v, v, v)); }
 
 inline VI first_lanes(int count) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
 inline VF load_first(const float* p, int count) { return _mm256_maskload_ps(p, first_lanes(count)); }
+inline void store_first(float* p, VF v, int count) { _mm256_maskstore_ps(p, first_lanes(count), v); }
 inline VI load_words(const uint8_t* p) { return _mm256_loadu_si256((const VI*)p); }
 inline VI load_words_first(const uint8_t* p, int count) { return _mm256_maskload_epi32((const int*)p, first_lanes(count)); }
 

@@ -14,6 +14,11 @@ constexpr int FEW_ROWS = 2;  // beside weights that are being decoded
 constexpr int PANEL_TILE = 12;  // rows of x at once over a panel: two sums each
 constexpr int PANEL_ROWS = 24;  // of x, from which on panels are worth it
 
+constexpr int LANES_VECTORS = 3;                          // of rows of x in lanes, at once, at the most ...
+constexpr int LANES_COLUMNS[LANES_VECTORS] = {8, 8, 8};  // ... with so many rows of the weight
+constexpr int LANES_PARTS = 2;                            // of a sum, where one vector of rows is all there is
+constexpr int LANES_LEAST = 12;                           // rows that are worth all W lanes
+
 using VF = __m512;
 using VI = __m512i;
 
@@ -39,6 +44,7 @@ inline void store4(float* p, __m128 v) { _mm_storeu_ps(p, v); }
 
 inline __mmask16 first_lanes(int count) { return count >= W ? __mmask16(0xffff) : __mmask16((1u << (count < 0 ? 0 : count)) - 1); }
 inline VF load_first(const float* p, int count) { return _mm512_maskz_loadu_ps(first_lanes(count), p); }
+inline void store_first(float* p, VF v, int count) { _mm512_mask_storeu_ps(p, first_lanes(count), v); }
 inline VI load_words(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline VI load_words_first(const uint8_t* p, int count) { return _mm512_maskz_loadu_epi32(first_lanes(count), p); }
 

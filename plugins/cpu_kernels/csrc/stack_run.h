@@ -44,8 +44,10 @@ struct Products {
         for (int64_t i = 0; i < count; i++) found += (parts[i].floats() + 15) / 16 * 16;
         return found;
     }
-    bool tiled() const {
-        return std::any_of(parts, parts + count, [](const Product& one) { return one.tiled(); });
+    int64_t x_rows() const {
+        int64_t found = 1;
+        for (int64_t i = 0; i < count; i++) found = std::max(found, parts[i].x_rows());
+        return found;
     }
     // `out`: a buffer for each part, one behind the other
     void place(float* memory, float* out, int threads) {
@@ -95,11 +97,11 @@ class StackRun {
     // False: there is no memory.
     bool prepare(Scratch& scratch) {
         int64_t products = head.floats(), qkv = 0, gates = 0, attended = 0, gated = 0;
-        if (head.tiled()) unit = TILED_X_ROWS;
+        unit = head.x_rows();
         for (const LayerRun& run : runs) {
             for (const Products* one : {&run.qkv, &run.output, &run.gate_up, &run.down}) {
                 products = std::max(products, one->floats());
-                if (one->tiled()) unit = TILED_X_ROWS;
+                unit = std::max(unit, one->x_rows());
             }
             qkv = std::max(qkv, run.qkv.outputs()), gates = std::max(gates, run.gate_up.outputs());
             attended = std::max(attended, run.output.parts[0].inputs()), gated = std::max(gated, run.inner);
@@ -189,7 +191,7 @@ class StackRun {
     std::vector<std::unique_ptr<Job>> jobs;  // by shape
     float *memory = nullptr, *normed = nullptr, *made = nullptr, *wide = nullptr, *inner = nullptr;
     double before = 0;
-    int64_t unit = 1;  // rows that are not parted: those of a tile where a product uses tiles
+    int64_t unit = 1;  // rows that are not parted: those that a product takes together
 
     int64_t layer_stages() const { return int64_t(runs.size()) * OPERATIONS; }
 

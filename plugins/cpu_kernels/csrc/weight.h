@@ -65,6 +65,9 @@ struct Packing {
     int64_t most_rows = 0;  // of x, up to which it is worth it; 0: any number
     const struct Tiled* tiled = nullptr;  // another way for many rows
     int64_t least_rows = 1;  // of x, from which on it is worth it
+    int64_t x_rows = 1;      // rows of x that are prepared together
+
+    int64_t x_floats(const Plan& plan, int64_t rows) const { return (rows + x_rows - 1) / x_rows * x_rows * plan.x_stride; }
 };
 
 // Numbers of packings; mirrored by core_cpu_kernels/kernels.py. GGML's are 100 + ggml_type.

@@ -46,9 +46,6 @@ class CpuKernels:
         made = self.library.make(spec)
         if made is None:
             return None
-        floats = type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype is torch.float32
-        if floats and self.library.instruction_set != "amx":
-            return FloatFunction(self.library, made, spec, kept, weight.detach())
         return KernelFunction(self.library, made, spec, kept)
 
     def experts(self, weights: Tensor, bias: Tensor | None) -> None:
@@ -111,22 +108,6 @@ class KernelFunction:
 
     def __del__(self) -> None:
         self._free(self.made)
-
-
-class FloatFunction(KernelFunction):
-    """Few rows of x times float32 weights in the library, many in oneDNN, where x is what its time goes to."""
-
-    MANY = 256  # rows; at 512 oneDNN gives 200 to 185 GFLOP/s on two Zen 4 cores, at 128 a model's prompts take longer
-
-    def __init__(self, library: Library, made: int, spec: Weight, kept: dict[str, Tensor], weight: Tensor) -> None:
-        super().__init__(library, made, spec, kept)
-        self.weight = weight
-
-    def __call__(self, x: Tensor) -> Tensor:
-        width = self.in_features
-        if x.dtype is torch.float32 and x.shape[-1] == width and x.numel() >= self.MANY * width:
-            return torch.nn.functional.linear(x.detach(), self.weight, self._kept.get("bias"))
-        return super().__call__(x)
 
 
 def _describe(weight: Tensor) -> tuple[Weight, dict[str, Tensor]] | None:

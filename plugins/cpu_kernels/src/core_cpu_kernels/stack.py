@@ -20,7 +20,6 @@ from core_cpu_kernels.elementwise import GateKernel, NormKernel
 from core_cpu_kernels.kernels import KernelFunction
 from core_cpu_kernels.library import Library
 
-MOST_TOKENS = 32  # beyond it calls cost nothing beside the products, and each of those chooses its own way to multiply
 PARTS = ("linears", "attention", "small")  # csrc/stack.h's StackPart
 
 
@@ -124,7 +123,7 @@ class DecoderKernel:
         self._seconds = (ctypes.c_double * len(PARTS))()
 
     def takes(self, attention: AttentionBackend, tokens: int) -> bool:
-        return isinstance(attention, CpuKernelAttention) and tokens <= MOST_TOKENS
+        return isinstance(attention, CpuKernelAttention)
 
     def run(
         self,
