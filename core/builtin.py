@@ -12,7 +12,8 @@ from core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from core.config import EngineConfig
-    from core.contracts import AttentionBackend, Checkpoint, Kernels, Tokenizer
+    from core.contracts import AttentionBackend, Checkpoint, Tokenizer
+    from core.kernel_contracts import Kernels
     from core.spec import ModelSpec
 
 CORE_API = API_VERSION

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
         AttentionBackend,
         Bid,
         Checkpoint,
-        Kernels,
         Model,
         Quantizer,
         QuantizeSettings,
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
         StepStats,
         Tokenizer,
     )
+    from core.kernel_contracts import Kernels
     from core.server.client import EngineClient
     from core.spec import ModelSpec
 

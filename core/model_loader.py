@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from core.contracts import AttentionBackend, Bid, Checkpoint, Kernels, Model, QuantMethod, Refusal
+from core.contracts import AttentionBackend, Bid, Checkpoint, Model, QuantMethod, Refusal
 from core.errors import NoImplementation
+from core.kernel_contracts import Kernels
 
 if TYPE_CHECKING:
     import torch

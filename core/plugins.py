@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from core.contracts import (
         AttentionBackend,
         Checkpoint,
-        Kernels,
         Model,
         Quantizer,
         QuantizeSettings,
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
         StepStats,
         Tokenizer,
     )
+    from core.kernel_contracts import Kernels
     from core.server.client import EngineClient
     from core.spec import ModelSpec
 

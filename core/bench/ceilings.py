@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core.contracts import Kernels
+from core.kernel_contracts import Kernels
 
 SIZE = 1024  # of the square matrices
 ROWS = 8192  # of the matrix that a kernel reads

@@ -16,9 +16,9 @@ from types import TracebackType
 from typing import Any
 
 from core.bench.profile_parts import KERNEL_PARTS, PARTS, Hook, hooks_of
-from core.contracts import DecoderKernel
 from core.engine import Engine
 from core.errors import ConfigError
+from core.kernel_contracts import DecoderKernel
 
 TRIES = 20_000
 

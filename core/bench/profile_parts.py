@@ -10,15 +10,15 @@ from typing import Any
 from torch import nn
 
 from core.bench.costs import all_modules
-from core.contracts import DecoderKernel
 from core.engine import Engine
+from core.kernel_contracts import DecoderKernel
 from core.layers import LayerStack, RMSNorm, Rotary
 
 SCHEDULE, BATCH, LINEARS, ATTENTION = "schedule", "batch and plan", "linears", "attention"
 SMALL, SAMPLING, EMIT = "norm, rotary, activation", "sampling", "detokenize and emit"
 MODEL, REST = "rest of the model", "rest of the step"
 PARTS = (SCHEDULE, BATCH, LINEARS, ATTENTION, SMALL, MODEL, SAMPLING, EMIT, REST)
-KERNEL_PARTS = {"linears": LINEARS, "attention": ATTENTION, "small": SMALL}  # of a core.contracts.DecoderKernel
+KERNEL_PARTS = {"linears": LINEARS, "attention": ATTENTION, "small": SMALL}  # of a core.kernel_contracts.DecoderKernel
 ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 
 

@@ -1,4 +1,4 @@
-"""The kernels beside attention that a GPU offers to layers and to the fallback's patches: `core.contracts.Kernels`.
+"""The kernels beside attention that a GPU offers to layers and to the fallback: a `core.kernel_contracts.Kernels`.
 
 Products with quantized weights and with experts, RMSNorm, gated activations and rotary embedding. One plain weight has
 none: torch's own product is the chip maker's. Results are rounded where torch's operators one after the other round
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.contracts import HeadParts, LayerParts
 from core.errors import KernelError
+from core.kernel_contracts import HeadParts, LayerParts
 from core.kernels.checks import FLOATS
 from core.kernels.chip import INTERPRETED
 from core.kernels.dequant_matmul import Codes, dequant_matmul, unfit
@@ -29,7 +29,7 @@ NIBBLES_MIDDLE, BYTES_MIDDLE = 8, 128  # the zero of codes that state none
 
 
 class TritonKernels:
-    """A `core.contracts.Kernels` for CUDA and ROCm; for a CPU in Triton's interpreter."""
+    """A `core.kernel_contracts.Kernels` for CUDA and ROCm; for a CPU in Triton's interpreter."""
 
     name = "triton (interpreted)" if INTERPRETED else "triton"
     takes_float32 = False
@@ -116,7 +116,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Experts:
-    """A `core.contracts.ExpertsKernel`."""
+    """A `core.kernel_contracts.ExpertsKernel`."""
 
     weights: Tensor
     bias: Tensor | None
@@ -129,7 +129,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Norm:
-    """A `core.contracts.NormKernel`."""
+    """A `core.kernel_contracts.NormKernel`."""
 
     weight: Tensor
     eps: float
@@ -155,7 +155,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Gate:
-    """A `core.contracts.GateKernel`."""
+    """A `core.kernel_contracts.GateKernel`."""
 
     activation: str
 
@@ -168,7 +168,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Turn:
-    """A `core.contracts.RotaryKernel`."""
+    """A `core.kernel_contracts.RotaryKernel`."""
 
     interleaved: bool
 

@@ -21,7 +21,7 @@ from core.layers.quant_formats import HalfTensor
 from core.layers.quantized import QuantizedLinear, QuantizedTensor
 
 if TYPE_CHECKING:
-    from core.contracts import Kernels
+    from core.kernel_contracts import Kernels
 
 Loader = Callable[[Tensor], None]
 ROWS_HINT = 32  # rows that oneDNN chooses the layout for; the same layout serves all batch sizes

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from core.layers.linear import Linear, Loader, MergedLinear
 
 if TYPE_CHECKING:
-    from core.contracts import GateKernel, Kernels
+    from core.kernel_contracts import GateKernel, Kernels
 
 
 class GatedMLP(nn.Module):

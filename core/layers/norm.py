@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from core.layers.linear import Loader, copy_checked
 
 if TYPE_CHECKING:
-    from core.contracts import Kernels, NormKernel
+    from core.kernel_contracts import Kernels, NormKernel
 
 
 class RMSNorm(nn.Module):

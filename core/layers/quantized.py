@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from core.errors import CoreError
 
 if TYPE_CHECKING:
-    from core.contracts import Kernels
+    from core.kernel_contracts import Kernels
 
 AT_ONCE = 1 << 17  # weights that are floats at the same time where no kernel reads the quantized bytes
 

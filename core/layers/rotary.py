@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from core.batch import Batch
 
 if TYPE_CHECKING:
-    from core.contracts import Kernels, RotaryKernel
+    from core.kernel_contracts import Kernels, RotaryKernel
 
 LEAST_POSITIONS = 1024  # of a table
 SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from core.contracts import HeadParts, LayerParts
+from core.kernel_contracts import HeadParts, LayerParts
 from core.layers.attention import Attention
 from core.layers.linear import MergedLinear
 from core.layers.mlp import GatedMLP
@@ -17,7 +17,8 @@ from core.layers.norm import RMSNorm
 from core.layers.rotary import Rotary
 
 if TYPE_CHECKING:
-    from core.contracts import AttentionBackend, DecoderKernel, LinearKernel
+    from core.contracts import AttentionBackend
+    from core.kernel_contracts import DecoderKernel, LinearKernel
 
 
 class LayerStack:

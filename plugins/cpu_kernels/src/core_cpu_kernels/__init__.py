@@ -9,7 +9,8 @@ from core.contracts import Bid, Refusal
 
 if TYPE_CHECKING:
     from core.config import EngineConfig
-    from core.contracts import AttentionBackend, Kernels
+    from core.contracts import AttentionBackend
+    from core.kernel_contracts import Kernels
     from core.spec import ModelSpec
 
 CORE_API = (1, 0)

@@ -11,7 +11,7 @@ ACTIVATIONS = {"silu": 1, "gelu_tanh": 2}
 
 
 class NormKernel:
-    """A `core.contracts.NormKernel`."""
+    """A `core.kernel_contracts.NormKernel`."""
 
     def __init__(self, library: Library, weight: Tensor, eps: float) -> None:
         self.library, self.eps, self.at, self.width = library, eps, weight.data_ptr(), len(weight)
@@ -37,7 +37,7 @@ class NormKernel:
 
 
 class GateKernel:
-    """A `core.contracts.GateKernel`."""
+    """A `core.kernel_contracts.GateKernel`."""
 
     def __init__(self, library: Library, kind: int) -> None:
         self._run, self.kind = library.gate, kind
@@ -54,7 +54,7 @@ class GateKernel:
 
 
 class RotaryKernel:
-    """A `core.contracts.RotaryKernel`."""
+    """A `core.kernel_contracts.RotaryKernel`."""
 
     def __init__(self, library: Library) -> None:
         self._run = library.rotate

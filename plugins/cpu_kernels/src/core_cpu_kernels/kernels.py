@@ -14,7 +14,7 @@ from core_cpu_kernels.elementwise import ACTIVATIONS, GateKernel, NormKernel, Ro
 from core_cpu_kernels.library import Library, Weight, wanted_instruction_set
 
 if TYPE_CHECKING:
-    from core.contracts import DecoderKernel, HeadParts, LayerParts
+    from core.kernel_contracts import DecoderKernel, HeadParts, LayerParts
 
 PACKINGS = {"affine4": 1, "affine8": 2, "table4": 3, torch.float16: 4, torch.bfloat16: 5, torch.float32: 6}
 GGML = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
@@ -25,7 +25,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class CpuKernels:
-    """A `core.contracts.Kernels` for CPUs."""
+    """A `core.kernel_contracts.Kernels` for CPUs."""
 
     def __init__(self, instruction_set: str | None = None) -> None:
         """`instruction_set`: one of INSTRUCTION_SETS; None: what the environment says, else the best there is."""

@@ -11,8 +11,9 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from core.contracts import AttentionBackend, HeadParts, LayerParts
+from core.contracts import AttentionBackend
 from core.errors import CoreError
+from core.kernel_contracts import HeadParts, LayerParts
 from core.reach import Reach
 from core_cpu_kernels.attention import CpuKernelAttention, attention_error
 from core_cpu_kernels.attention_calls import LayerView
@@ -108,7 +109,7 @@ class _Bound:
 
 
 class DecoderKernel:
-    """A `core.contracts.DecoderKernel`."""
+    """A `core.kernel_contracts.DecoderKernel`."""
 
     def __init__(self, library: Library, layers: Sequence[LayerParts], hidden: int, end: _End | None) -> None:
         self._run, self._hidden, self._layers, self._end = library.stack, hidden, list(layers), end

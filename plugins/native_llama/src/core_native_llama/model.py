@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from core.batch import Batch
-from core.contracts import AttentionArgs, Kernels, KVSpec, LayerParts, ModelFeatures
+from core.contracts import AttentionArgs, KVSpec, ModelFeatures
+from core.kernel_contracts import Kernels, LayerParts
 from core.layers import (
     Attention,
     Embedding,

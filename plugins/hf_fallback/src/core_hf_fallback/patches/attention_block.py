@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.contracts import Kernels
+from core.kernel_contracts import Kernels
 from core_hf_fallback.interface import ATTRIBUTE, BOOKKEEPING, Binding, Call
 from core_hf_fallback.patches.calls import BlockCall, LinearCalls
 from core_hf_fallback.patches.operations import Norm, Rotation, rotations

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from core.contracts import Kernels
+from core.kernel_contracts import Kernels
 from core_hf_fallback.patches.calls import LinearCalls
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from core.contracts import GateKernel, Kernels
+from core.kernel_contracts import GateKernel, Kernels
 from core_hf_fallback.patches.calls import BlockCall, LinearCalls
 from core_hf_fallback.patches.operations import ACTIVATIONS, gated
 from core_hf_fallback.patches.shapes import is_hooked, linears_of, others_of, replace_forwards, same, together

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.contracts import ExpertsKernel, Kernels
+from core.kernel_contracts import ExpertsKernel, Kernels
 from core_hf_fallback.patches.calls import BlockCall, LinearCalls
 from core_hf_fallback.patches.shapes import is_hooked, replace_forwards, same
 

@@ -1,4 +1,4 @@
-"""layer-stack: fused layers that follow each other run in one call of the kernels (`core.contracts.DecoderKernel`).
+"""layer-stack: fused layers in a row run in one call of the kernels (`core.kernel_contracts.DecoderKernel`).
 
 The first layer of a stack runs all of them; the others hand on what they are given. Which layers follow each other the
 recording forward has seen: one's output is the next one's input, and all turn by the same angles. While serving, layers
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.contracts import Kernels, LayerParts
 from core.errors import CoreError
+from core.kernel_contracts import Kernels, LayerParts
 from core.layers import LayerStack, kernels_of
 from core_hf_fallback.patches.attention_block import FusedAttention
 from core_hf_fallback.patches.calls import BlockCall, LinearCalls

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from core.contracts import Kernels
+from core.kernel_contracts import Kernels
 from core.layers import QuantizedTensor
 from core.memory import trim
 from core_hf_fallback.patches.calls import LinearCalls

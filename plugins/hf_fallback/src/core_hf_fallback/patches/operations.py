@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.contracts import Kernels, NormKernel, RotaryKernel
+from core.kernel_contracts import Kernels, NormKernel, RotaryKernel
 from core.layers import apply_rotary
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 from torch import nn
 
-from core.contracts import Kernels
+from core.kernel_contracts import Kernels
 from core.layers import give_kernels, pack_linears, unpack_linears
 from core.model_loader import Stopwatch
 from core_hf_fallback.alike import Alike

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from core.contracts import Kernels
+from core.kernel_contracts import Kernels
 from core_hf_fallback.patches.calls import LinearCalls
 from core_hf_fallback.patches.operations import Norm
 
