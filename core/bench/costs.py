@@ -145,7 +145,13 @@ def _bytes_of(tensor: Tensor) -> int:
 
 def _distinct(model: Model) -> list[Tensor]:
     held = [tensor for module in all_modules(model) for tensor in [*module._parameters.values(), *_packed(module)]]
-    return list({id(tensor): tensor for tensor in held if tensor is not None}.values())
+    return list({_memory(tensor): tensor for tensor in held if tensor is not None}.values())
+
+
+def _memory(tensor: Tensor) -> tuple[tuple[int, int], ...]:
+    """Where a weight lies: two that share their memory are one, whatever objects they are."""
+    parts = tensor.parts.values() if isinstance(tensor, QuantizedTensor) else [tensor]
+    return tuple((part.data_ptr(), part.numel()) for part in parts)
 
 
 def _distinct_bytes(model: Model) -> int:

@@ -59,8 +59,14 @@ def fill_weight(name: str, layer: nn.Module) -> Loader:
 
 
 def on_device(weight: Tensor, device: torch.device) -> nn.Parameter:
-    """Return a weight that was made without memory (on "meta") as an empty one on a device; any other as it is."""
-    made = torch.empty_like(weight, device=device) if weight.is_meta else weight
+    """Return a weight that was made without memory (on "meta") as an empty one on a device; any other as it is.
+
+    Not by torch.empty_like: for a tensor without memory that imports sympy, 30 MB.
+    """
+    if not weight.is_meta:
+        made = weight
+    else:
+        made = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=device)
     return made if isinstance(made, nn.Parameter) else nn.Parameter(made, requires_grad=False)
 
 

@@ -268,7 +268,13 @@ def _joined(join: Callable[..., Tensor], first: QuantizedTensor, tensors: Sequen
     return type(first)(parts, first.in_features, first.dtype, **first.settings)
 
 
+def _detach(weight: Tensor) -> Any:
+    """By itself, and not by __torch_dispatch__: for that torch imports its distributed tensors, 50 MB and a second."""
+    return weight.remake(lambda part: part) if isinstance(weight, QuantizedTensor) else NotImplemented
+
+
 _HANDLERS: dict[Any, Callable[..., Any]] = {
+    Tensor.detach: _detach,
     F.linear: _linear,
     F.embedding: _embedding,
     Tensor.__getitem__: _pick,
