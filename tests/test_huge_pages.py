@@ -6,7 +6,7 @@ from torch import nn
 
 from core.layers import AffineTensor, Head, huge_pages
 from core.layers.embedding import Embedding
-from core.layers.huge_pages import CAN_ASK, HUGE_PAGE, LARGE, LEAST, HugePages
+from core.layers.huge_pages import AT_ONCE, CAN_ASK, HUGE_PAGE, LARGE, LEAST, HugePages
 from core.layers.linear import pack_linears
 
 COLUMNS = 256
@@ -36,6 +36,15 @@ def test_placed_weights_keep_their_numbers_and_follow_each_other():
     if CAN_ASK:
         assert weights[0].data_ptr() % HUGE_PAGE == 0
         assert weights[1].data_ptr() == weights[0].data_ptr() + weights[0].nbytes
+
+
+@pytest.mark.skipif(not CAN_ASK, reason="this system has no huge pages to ask for")
+def test_memory_that_weights_took_is_let_go_while_others_are_still_to_move():
+    let_go = []
+    pages, half = HugePages(lambda: let_go.append(True)), AT_ONCE // 2
+    for expected in ([], [], [True]):
+        pages.place(torch.zeros(half // 4))
+        assert let_go == expected
 
 
 def test_small_weights_stay_where_they_are():

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from core.layers.quantized import QuantizedTensor
+from core.memory import trim
 
 HUGE_PAGE = 2 << 20  # bytes
 CHUNK = 32 * HUGE_PAGE  # of memory that is asked for at once; only what is written to is ever taken
 LEAST = 1 << 17  # bytes of a tensor that is worth moving
 LARGE = 16 << 20  # bytes of a tensor
+AT_ONCE = 8 << 20  # bytes that are moved before the memory that they took is let go
 LINE = 64
 MADV_COLLAPSE = 25  # Linux 6.1: puts a range on huge pages where it is, one after the other
 CAN_ASK = hasattr(mmap, "MADV_HUGEPAGE")  # Linux
@@ -27,8 +30,11 @@ CAN_ASK = hasattr(mmap, "MADV_HUGEPAGE")  # Linux
 class HugePages:
     """Memory for one model's weights. It is freed with the last tensor of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, let_go: Callable[[], None] = trim) -> None:
+        """`let_go` is called time and again for what the weights took where they were."""
+        self._let_go = let_go
         self._free = torch.empty(0, dtype=torch.uint8)
+        self._moved_bytes = 0  # since memory was let go
 
     def place(self, weight: Tensor) -> None:
         """Move a weight's memory here, in place: whoever shares the weight finds the same numbers there."""
@@ -47,6 +53,10 @@ class HugePages:
         if size > len(self._free):
             self._free = _mapped(max(size, CHUNK))
         memory, self._free = self._free[: tensor.nbytes], self._free[size:]
+        self._moved_bytes += size
+        if self._moved_bytes > AT_ONCE:
+            self._let_go()
+            self._moved_bytes = 0
         return memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 

@@ -19,6 +19,7 @@ from core.errors import CheckpointError
 from core.layers.huge_pages import HugePages
 from core.layers.quant_formats import HalfTensor
 from core.layers.quantized import QuantizedLinear, QuantizedTensor
+from core.memory import trim
 
 if TYPE_CHECKING:
     from core.kernel_contracts import Kernels
@@ -272,16 +273,18 @@ def pack_linears(
     kinds: tuple[type[nn.Module], ...] = (Linear, MergedLinear),
     only: Collection[nn.Module] | None = None,
     kernels: Kernels | None = None,
+    let_go: Callable[[], None] = trim,
 ) -> int:
     """Pack every linear of exactly these kinds (and in `only`) in a module tree, one at a time; return how many.
 
-    `kernels` are the device's (`BuildContext.kernels`), asked first. Linears whose weight is shared with another module
+    `kernels` are the device's (`BuildContext.kernels`), asked first; `let_go` is called for what weights took before
+    they were moved (`HugePages`). Linears whose weight is shared with another module
     are packed too: the other keeps the plain tensor, and a weight that a kernel reads stays the one they share.
     Subclasses are left alone, since they may compute something else.
     """
     packed: dict[int, nn.Module] = {}
     shared = _embedded(model, kinds, kernels)
-    pages = HugePages()
+    pages = HugePages(let_go)
     # The list must not hold the linears themselves: each one's plain weight is to go before the next is packed.
     for parent in [part for part in model.modules() if type(part) not in kinds]:
         for name, child in list(parent.named_children()):

@@ -7,7 +7,8 @@ from core import LLM, SamplingParams
 from core.errors import CoreError
 from core.layers import LayerStack
 from core.testing import tiny_checkpoint
-from core_hf_fallback.patches.layer_stack import LaterLayer, Shared
+from core_hf_fallback.patches.layer_stack import FirstLayer, LaterLayer, Shared
+from core_hf_fallback.patches.stack_head import Ahead
 
 pytest.importorskip("core_cpu_kernels", reason="not installed where there is no C++ compiler")
 
@@ -98,3 +99,51 @@ def test_a_layer_that_is_called_otherwise_is_an_error_that_names_the_patch(llama
     monkeypatch.setattr(layer, "forward", lambda hidden, **kwargs: forward(hidden + 1, **kwargs))
     with pytest.raises(CoreError, match=r"Layer model.layers.1.self_attn of LlamaForCausalLM .* layer-stack"):
         answers(llama)
+
+
+def head_of(llm):
+    """The norm and the head that the layers' call computes ahead."""
+    first = llm._engine.runner.model.module.model.layers._modules["0"].forward
+    assert isinstance(first, FirstLayer) and first.shared.head is not None
+    return first.shared.head
+
+
+def test_a_step_that_only_decodes_has_its_logits_from_the_layers_call(llama):
+    head, multiplied = head_of(llama), []
+    run = head.head.kernel
+    head.head.kernel = lambda x: multiplied.append(len(x.flatten(0, -2))) or run(x)
+    llama.generate(PROMPTS[1], SamplingParams(max_tokens=6, ignore_eos=True))
+    assert head.is_used and multiplied == [1]  # the prompt's last token
+
+
+def test_a_head_that_is_given_something_else_multiplies_it(llama):
+    answers(llama)
+    head = head_of(llama)
+    x = torch.randn(1, 3, head.head.in_features)
+    wanted = head.head(x)
+    assert torch.allclose(wanted, torch.nn.functional.linear(x, head.head.weight), atol=1e-5)
+    head.ahead = Ahead(torch.zeros_like(x), torch.zeros(3, 5), normed=torch.zeros_like(x))
+    assert torch.equal(head.head(x), wanted) and not head.is_used
+
+
+def test_a_model_that_changes_what_its_norm_gives_keeps_its_logits(tmp_path):
+    folder = tiny_checkpoint("llama", tmp_path)
+    with open_llm(folder) as llm:
+        module, head = llm._engine.runner.model.module, head_of(llm)
+        model = module.model.forward
+
+        def doubled(*args, **kwargs):
+            out = model(*args, **kwargs)
+            out.last_hidden_state = out.last_hidden_state * 2
+            return out
+
+        found = answers(llm)
+        llm.reset_prefix_cache()
+        module.model.forward = doubled
+        changed = answers(llm)
+        assert not head.is_used and changed != found
+    with open_llm(folder, disable_patches=("layer-stack",)) as llm:
+        module = llm._engine.runner.model.module
+        model = module.model.forward
+        module.model.forward = doubled
+        assert answers(llm) == changed

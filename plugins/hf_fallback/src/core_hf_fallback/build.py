@@ -154,7 +154,7 @@ def _build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Mod
 def _paged(loaded: Loaded, context: BuildContext, forget_pages: Callable[[], None] | None) -> Model | Refusal:
     """`forget_pages` lets go of a mapped file's, where weights were copied to merge them."""
     if loaded.alike is not None:
-        few = _paged_by_few(loaded, loaded.alike, context)
+        few = _paged_by_few(loaded, loaded.alike, context, forget_pages)
         if few is not None:
             return few
         loaded.restore_attention()
@@ -163,7 +163,7 @@ def _paged(loaded: Loaded, context: BuildContext, forget_pages: Callable[[], Non
     try:
         with linear_calls(loaded.module) as calls:
             model = PagedModel(loaded.module, binding, loaded.ropes, *probe.beginning(context.device))
-        patcher = _patcher(loaded, calls, context)
+        patcher = _patcher(loaded, calls, context, forget_pages)
         if forget_pages is not None:
             forget_pages()  # what was read so far: merging reads some of it again, and copies that
 
@@ -189,7 +189,9 @@ def _paged(loaded: Loaded, context: BuildContext, forget_pages: Callable[[], Non
     return _finished(model, patcher)
 
 
-def _paged_by_few(loaded: Loaded, alike: Alike, context: BuildContext) -> Model | None:
+def _paged_by_few(
+    loaded: Loaded, alike: Alike, context: BuildContext, forget_pages: Callable[[], None] | None
+) -> Model | None:
     """Probe the first layer of each kind and do to all what is right for these; None if anything at all is amiss."""
     module = loaded.module
     binding = bind(module)
@@ -198,7 +200,7 @@ def _paged_by_few(loaded: Loaded, alike: Alike, context: BuildContext) -> Model 
         probe = loaded.probe_of_few(alike)
         with alike.others_let_through(module, lambda: len(binding.masks)), linear_calls(module) as calls:
             model = PagedModel(module, binding, loaded.ropes, *probe.beginning(context.device))
-        patcher = _patcher(loaded, calls, context)
+        patcher = _patcher(loaded, calls, context, forget_pages)
 
         def check() -> str | None:
             with alike.others_let_through(module):
@@ -218,8 +220,16 @@ def _paged_by_few(loaded: Loaded, alike: Alike, context: BuildContext) -> Model 
     return _finished(model, patcher)
 
 
-def _patcher(loaded: Loaded, calls: LinearCalls, context: BuildContext) -> Patcher:
-    return Patcher(loaded.module, calls, context.kernels, context.options.disable_patches, context.stopwatch)
+def _patcher(
+    loaded: Loaded, calls: LinearCalls, context: BuildContext, forget_pages: Callable[[], None] | None
+) -> Patcher:
+    def let_go() -> None:
+        if forget_pages is not None:
+            forget_pages()
+        trim()
+
+    options = context.options
+    return Patcher(loaded.module, calls, context.kernels, options.disable_patches, context.stopwatch, let_go)
 
 
 def _finished(model: PagedModel, patcher: Patcher) -> PagedModel:

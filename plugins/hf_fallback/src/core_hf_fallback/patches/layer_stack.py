@@ -22,6 +22,7 @@ from core_hf_fallback.patches.calls import BlockCall, LinearCalls
 from core_hf_fallback.patches.decoder_layer import FusedLayer
 from core_hf_fallback.patches.gated_mlp import FusedMLP
 from core_hf_fallback.patches.operations import Norm
+from core_hf_fallback.patches.stack_head import Ahead, StackHead, find_head
 from core_hf_fallback.patches.stacked_list import show_first
 
 ANGLES, MASK = "position_embeddings", "attention_mask"
@@ -32,11 +33,18 @@ def stack_layers(module: nn.Module, calls: LinearCalls, kernels: Kernels | None)
     undo: list[Callable[[], None]] = []
     if kernels is None:
         return undo
-    for layers in _chains(module, calls):
-        kernel = kernels.decoder([parts_of(layer.forward) for layer in layers])  # type: ignore[misc, arg-type]
+    chains = _chains(module, calls)
+    for layers in chains:
+        head = find_head(module, layers) if layers is chains[-1] else None
+        parts = [parts_of(layer.forward) for layer in layers]
+        kernel = kernels.decoder(parts, None if head is None else head.parts)  # type: ignore[arg-type]
         if kernel is not None:
-            shared = Shared(LayerStack(kernel, layers))
+            head = head if kernel.has_head else None
+            after = () if head is None else (head.norm, head.head)
+            shared = Shared(LayerStack(kernel, layers, after), head)
             undo += _replace(layers, shared)
+            if head is not None:
+                undo += head.replace()
             if _given_the_same(layers, module, calls):
                 undo += show_first(module, layers, shared.runs_all)
     return undo
@@ -130,8 +138,8 @@ def _all(linears: Sequence[nn.Module]) -> list[Callable[[Tensor], Tensor]]:
 class Shared:
     """What the layers of a stack know of a forward."""
 
-    def __init__(self, stack: LayerStack) -> None:
-        self.stack = stack
+    def __init__(self, stack: LayerStack, head: StackHead | None) -> None:
+        self.stack, self.head = stack, head
         self.layers: list[tuple[nn.Module, StackedLayer]] = []
         self.out: Tensor | None = None  # of all layers, until the last one was called; None: they run one by one
         self.angles: Any = None
@@ -156,10 +164,13 @@ class Shared:
             return None
         x = hidden_states[0].clone()  # the model may still want what it handed over
         cos, sin = (angle[0].contiguous() for angle in angles)
-        if not self.stack.run(x, (cos, sin), batch.attention):
+        logits = None if self.head is None else self.head.logits_for(x, len(batch.logit_rows))
+        if not self.stack.run(x, (cos, sin), batch.attention, logits):
             return None
-        self.angles = angles
-        return x.unsqueeze(0)
+        self.angles, out = angles, x.unsqueeze(0)
+        if self.head is not None:
+            self.head.ahead = None if logits is None else Ahead(out, logits)
+        return out
 
 
 class StackedLayer:

@@ -11,6 +11,7 @@ from torch import nn
 
 from core.kernel_contracts import Kernels
 from core.layers import give_kernels, pack_linears, unpack_linears
+from core.memory import trim
 from core.model_loader import Stopwatch
 from core_hf_fallback.alike import Alike
 from core_hf_fallback.patches.attention_block import fuse_attention
@@ -57,7 +58,10 @@ class Patcher:
         kernels: Kernels | None = None,
         disabled: Collection[str] = (),
         stopwatch: Stopwatch | None = None,
+        let_go: Callable[[], None] = trim,
     ) -> None:
+        """`let_go` gives back memory that weights took before they were merged or moved."""
+        self.let_go = let_go
         self.module, self.calls, self.kernels = module, calls, kernels
         self.stopwatch = stopwatch or Stopwatch()
         self.rules = [rule for rule in RULES if rule.name not in disabled]
@@ -111,7 +115,8 @@ class Patcher:
                 if not rule.after_packing:
                     self._apply_one(rule)
         with self.stopwatch.on("packing"):
-            pack_linears(self.module, kinds=(nn.Linear,), only=self._called(), kernels=self.kernels)
+            self.let_go()
+            pack_linears(self.module, (nn.Linear,), self._called(), self.kernels, self.let_go)
         with self.stopwatch.on("patching"):
             give_kernels(self.module, self.kernels)
             for rule in rules:

@@ -1,0 +1,87 @@
+"""The last norm and the head, in the one call of a stack's layers, for steps that want the logits of every token.
+
+The module still calls both by itself. Its norm notes what it made of the stack's output; its head hands out the logits
+that are there already, if it is given just that, number by number. Whatever else it is given it multiplies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from core.kernel_contracts import HeadParts
+from core.layers import kernels_of
+from core_hf_fallback.patches.operations import Norm
+
+
+@dataclass
+class Ahead:
+    """What is computed before the module asks for it."""
+
+    out: Tensor  # of the stack, [1, tokens, hidden]
+    logits: Tensor  # [tokens, vocab]
+    normed: Tensor | None = None  # what the module's norm made of `out`
+
+
+class StackHead:
+    """The norm and the head of a module, and what they know of a forward."""
+
+    def __init__(self, norm: nn.Module, head: nn.Module) -> None:
+        kernel = norm.forward.kernel if isinstance(norm.forward, Norm) else None
+        assert kernel is not None
+        self.norm, self.head = norm, head
+        self.parts = HeadParts(kernel, kernels_of(head)[0])
+        self.vocab: int = head.out_features  # type: ignore[assignment]
+        self.ahead: Ahead | None = None
+        self.is_used = True  # False: the module's head was given something else
+
+    def logits_for(self, x: Tensor, wanted: int) -> Tensor | None:
+        """Return where the logits of x [tokens, hidden] are to stand; None if they are not worth it."""
+        return x.new_empty(len(x), self.vocab) if self.is_used and wanted == len(x) else None
+
+    def replace(self) -> list[Callable[[], None]]:
+        """Replace the forward of both; return how to undo it."""
+        plain_norm, plain_head = self.norm.forward, self.head.forward
+        self.norm.forward = self._norm_of(plain_norm)  # type: ignore[method-assign]
+        self.head.forward = self._head_of(plain_head)  # type: ignore[method-assign]
+
+        def undo() -> None:
+            self.norm.forward = plain_norm  # type: ignore[method-assign]
+            vars(self.head).pop("forward", None)
+
+        return [undo]
+
+    def _norm_of(self, plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def norm(x: Tensor) -> Tensor:
+            normed = plain(x)
+            if self.ahead is not None and x is self.ahead.out:
+                self.ahead.normed = normed
+            return normed
+
+        return norm
+
+    def _head_of(self, plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def head(x: Tensor) -> Tensor:
+            ahead, self.ahead = self.ahead, None
+            if ahead is None:
+                return plain(x)
+            if ahead.normed is not None and torch.equal(x, ahead.normed):
+                return ahead.logits.view(*x.shape[:-1], -1)
+            self.is_used = False
+            return plain(x)
+
+        return head
+
+
+def find_head(module: nn.Module, layers: Sequence[nn.Module]) -> StackHead | None:
+    """Return what follows a module's layers: its only norm outside of them, and its output embeddings, with kernels."""
+    inside = {id(part) for layer in layers for part in layer.modules()}
+    norms = [part for part in module.modules() if isinstance(part.forward, Norm) and id(part) not in inside]
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    if len(norms) != 1 or not isinstance(head, nn.Module) or len(kernels_of(head)) != 1 or "forward" in vars(head):
+        return None
+    norm = norms[0].forward
+    return StackHead(norms[0], head) if isinstance(norm, Norm) and norm.kernel is not None else None
