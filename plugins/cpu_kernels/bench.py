@@ -91,9 +91,9 @@ class Blocks(QuantizedTensor):
 GGML = {"Q4_0": (18, 32), "Q4_1": (20, 32), "Q8_0": (34, 32), "Q4_K": (144, 256), "Q6_K": (210, 256)}
 
 
-def candidates(out: int, size: int, kernels: CpuKernels) -> dict[str, tuple[float, Callable[[], Run]]]:
+def candidates(out: int, size: int, group: int, kernels: CpuKernels) -> dict[str, tuple[float, Callable[[], Run]]]:
     """Return name -> (bytes of a weight, what makes one more copy)."""
-    floats, group = out * size, 64
+    floats = out * size
 
     def ours(make: Callable[[], Tensor]) -> Callable[[], Run]:
         def one() -> Run:
@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", action="append", help="names to measure")
     parser.add_argument("--rows", type=int, action="append")
+    parser.add_argument("--group", type=int, default=64, help="columns that share a scale, of affine and table weights")
     parser.add_argument("--copies", type=int, default=0, help="of each weight; 0: as many as the cache cannot hold")
     parser.add_argument("--seconds", type=float, default=0.25, help="for each number")
     options = parser.parse_args()
@@ -159,7 +160,7 @@ def main() -> None:
         out, size = (int(part) for part in shape.split("x"))
         print(f"\n{shape:22}" + "".join(f"{count:>9}" for count in rows) + "   rows")
         print(f"{'sgemm bound':22}" + "".join(f"{2 * out * size * count / flops * 1e3:9.3f}" for count in rows))
-        for name, (size_bytes, make) in candidates(out, size, kernels).items():
+        for name, (size_bytes, make) in candidates(out, size, options.group, kernels).items():
             if options.only and name not in options.only:
                 continue
             copies = options.copies or max(1, min(64, int(WORKING_SET / size_bytes)))

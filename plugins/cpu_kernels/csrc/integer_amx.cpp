@@ -9,6 +9,7 @@ namespace {
 template <class Rows> struct Amx {
     static constexpr auto multiply = multiply_amx<Rows>;
     static constexpr int64_t least_rows = 1;
+    static constexpr int most_piece = 128;
     static constexpr int64_t most_rows = Rows::PIECE >= 64 ? 512 : Rows::PIECE == 32 ? 64 : 32;  // scaling is what costs
 };
 }  // namespace

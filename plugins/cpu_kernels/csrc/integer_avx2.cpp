@@ -13,6 +13,7 @@ template <int PIECE> constexpr int64_t FROM_ROWS<AffineRows<8, PIECE>> = 2;
 template <class Rows> struct Avx2 {
     static constexpr auto multiply = multiply_integer<Rows>;
     static constexpr int64_t least_rows = FROM_ROWS<Rows>, most_rows = INTEGER_ROWS;
+    static constexpr int most_piece = 64;
 };
 }  // namespace
 

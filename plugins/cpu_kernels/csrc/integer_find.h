@@ -1,4 +1,5 @@
-// Which packing has products of integers. Functions<Rows> has the loops, `multiply`, and `least_rows` to `most_rows`.
+// Which packing has products of integers. Functions<Rows> has the loops, `multiply`, `least_rows` to `most_rows`, and
+// `most_piece`: columns whose products are added up before they are scaled.
 #pragma once
 
 #include "integer_ggml.h"
@@ -12,7 +13,7 @@ template <template <class> class Functions, class Rows> const Packing* integer_p
 }
 
 template <template <class> class Functions, int BITS> const Packing* affine_integer(const Weight& weight) {
-    if constexpr (MOST_PIECE >= 128) if (weight.group % 128 == 0) return integer_packing<Functions, AffineRows<BITS, 128>>();
+    if constexpr (Functions<AffineRows<BITS, 64>>::most_piece >= 128) if (weight.group % 128 == 0) return integer_packing<Functions, AffineRows<BITS, 128>>();
     if (weight.group % 64 == 0) return integer_packing<Functions, AffineRows<BITS, 64>>();
     if (weight.group % 32 == 0) return integer_packing<Functions, AffineRows<BITS, 32>>();
     return nullptr;

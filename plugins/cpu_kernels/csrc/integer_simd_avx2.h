@@ -8,7 +8,6 @@ namespace core_kernels { namespace {
 constexpr int ROWS_AT_ONCE = 6;  // rows of x over a vector of codes
 constexpr int64_t INTEGER_ROWS = 512;
 constexpr int64_t X_PARTS = 1, X_NUMBER = 2;  // all of q in one word
-constexpr int MOST_PIECE = 64;  // columns
 #define PIECE_CALL __attribute__((noinline))  // so that 16 registers are those of one piece alone
 
 inline VI no_dots() { return _mm256_setzero_si256(); }

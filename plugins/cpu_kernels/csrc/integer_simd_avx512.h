@@ -8,7 +8,6 @@ namespace core_kernels { namespace {
 constexpr int ROWS_AT_ONCE = 4;  // rows of x over a vector of codes
 constexpr int64_t INTEGER_ROWS = 512;
 constexpr int64_t X_PARTS = 2, X_NUMBER = 1;  // high and low bytes
-constexpr int MOST_PIECE = 128;  // columns
 #define PIECE_CALL INLINE
 
 inline VI no_dots() { return _mm512_setzero_si512(); }
