@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Callable
 
 
 def give_back() -> None:
@@ -17,3 +18,15 @@ def trim() -> None:
     found = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if found is not None:
         found(0)
+
+
+def letting_go(checkpoint: object) -> Callable[[], None]:
+    """Return what gives back memory in the middle of loading: pages of a file that is mapped, and what was freed."""
+    forget_pages = getattr(checkpoint, "forget_pages", None)
+
+    def let_go() -> None:
+        if forget_pages is not None:
+            forget_pages()
+        trim()
+
+    return let_go

@@ -53,11 +53,20 @@ class HugePages:
         if size > len(self._free):
             self._free = _mapped(max(size, CHUNK))
         memory, self._free = self._free[: tensor.nbytes], self._free[size:]
-        self._moved_bytes += size
-        if self._moved_bytes > AT_ONCE:
-            self._let_go()
-            self._moved_bytes = 0
-        return memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        moved = memory.view(tensor.dtype).view(tensor.shape)
+        self._copy(tensor.reshape(-1), moved.view(-1))
+        return moved
+
+    def _copy(self, numbers: Tensor, to: Tensor) -> None:
+        """Copy a piece at a time: what was read of a file that is mapped can go before the rest is read."""
+        count = AT_ONCE // numbers.element_size()
+        for start in range(0, len(numbers), count):
+            piece = numbers[start : start + count]
+            to[start : start + count].copy_(piece)
+            self._moved_bytes += piece.nbytes
+            if self._moved_bytes >= AT_ONCE:
+                self._let_go()
+                self._moved_bytes = 0
 
 
 def _mapped(size: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from core.contracts import Checkpoint, Model, Refusal
 from core.errors import CheckpointError, CoreError
 from core.layers import give_kernels, pack_linears, unpack_linears
-from core.memory import trim
+from core.memory import letting_go
 from core.model_loader import BuildContext
 from core_hf_fallback.alike import Alike, NotAlike, find_alike
 from core_hf_fallback.blame import is_ours
@@ -141,7 +141,7 @@ def _build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Mod
     if tier != "cache" and loaded.ropes.forgets_after is not None:
         return Refusal(f"its generate forgets a text that grows past {loaded.ropes.forgets_after} tokens")
     if tier == "paged":
-        return _paged(loaded, context, getattr(checkpoint, "forget_pages", None))
+        return _paged(loaded, context, letting_go(checkpoint))
     loaded.restore_attention()
     if tier == "rows" and loaded.ropes.restart_after is not None:
         return Refusal(f"it computes a text anew when it grows past {loaded.ropes.restart_after} tokens")
@@ -151,10 +151,10 @@ def _build_tier(tier: str, checkpoint: Checkpoint, context: BuildContext) -> Mod
     return CacheModel(Stepper(loaded.module, max_len), loaded.vocab_size) if mixed is None else Refusal(mixed)
 
 
-def _paged(loaded: Loaded, context: BuildContext, forget_pages: Callable[[], None] | None) -> Model | Refusal:
-    """`forget_pages` lets go of a mapped file's, where weights were copied to merge them."""
+def _paged(loaded: Loaded, context: BuildContext, let_go: Callable[[], None]) -> Model | Refusal:
+    """`let_go` gives back memory that weights took before they were copied (`core.memory.letting_go`)."""
     if loaded.alike is not None:
-        few = _paged_by_few(loaded, loaded.alike, context, forget_pages)
+        few = _paged_by_few(loaded, loaded.alike, context, let_go)
         if few is not None:
             return few
         loaded.restore_attention()
@@ -163,14 +163,11 @@ def _paged(loaded: Loaded, context: BuildContext, forget_pages: Callable[[], Non
     try:
         with linear_calls(loaded.module) as calls:
             model = PagedModel(loaded.module, binding, loaded.ropes, *probe.beginning(context.device))
-        patcher = _patcher(loaded, calls, context, forget_pages)
-        if forget_pages is not None:
-            forget_pages()  # what was read so far: merging reads some of it again, and copies that
+        patcher = _patcher(loaded, calls, context, let_go)
+        let_go()  # what was read so far: merging reads some of it again, and copies that
 
         def check() -> str | None:
-            if forget_pages is not None:
-                forget_pages()
-            trim()  # of what the recording forward took and gave back in pieces
+            let_go()  # of what the recording forward took and gave back in pieces
             return probe.difference(model, context.make_attention(), context.device)
 
         wrong = patcher.settle(check)
@@ -189,9 +186,7 @@ def _paged(loaded: Loaded, context: BuildContext, forget_pages: Callable[[], Non
     return _finished(model, patcher)
 
 
-def _paged_by_few(
-    loaded: Loaded, alike: Alike, context: BuildContext, forget_pages: Callable[[], None] | None
-) -> Model | None:
+def _paged_by_few(loaded: Loaded, alike: Alike, context: BuildContext, let_go: Callable[[], None]) -> Model | None:
     """Probe the first layer of each kind and do to all what is right for these; None if anything at all is amiss."""
     module = loaded.module
     binding = bind(module)
@@ -200,7 +195,7 @@ def _paged_by_few(
         probe = loaded.probe_of_few(alike)
         with alike.others_let_through(module, lambda: len(binding.masks)), linear_calls(module) as calls:
             model = PagedModel(module, binding, loaded.ropes, *probe.beginning(context.device))
-        patcher = _patcher(loaded, calls, context, forget_pages)
+        patcher = _patcher(loaded, calls, context, let_go)
 
         def check() -> str | None:
             with alike.others_let_through(module):
@@ -220,14 +215,7 @@ def _paged_by_few(
     return _finished(model, patcher)
 
 
-def _patcher(
-    loaded: Loaded, calls: LinearCalls, context: BuildContext, forget_pages: Callable[[], None] | None
-) -> Patcher:
-    def let_go() -> None:
-        if forget_pages is not None:
-            forget_pages()
-        trim()
-
+def _patcher(loaded: Loaded, calls: LinearCalls, context: BuildContext, let_go: Callable[[], None]) -> Patcher:
     options = context.options
     return Patcher(loaded.module, calls, context.kernels, options.disable_patches, context.stopwatch, let_go)
 

@@ -11,6 +11,7 @@ from core.contracts import Checkpoint, Model, Refusal
 from core.layers import pack_linears, reads_on_device, take_kernels
 from core.layers.embedding import Head, make_room
 from core.layers.linear import Linear, Loader, MergedLinear
+from core.memory import letting_go
 from core.model_loader import BuildContext
 from core.quant_weights import by_transformers, says_nothing, weight_stream
 from core.weights import load_strict
@@ -32,7 +33,8 @@ def load(config: LlamaConfig, checkpoint: Checkpoint, context: BuildContext) -> 
     load_strict(loaders, needed, ignore=_ignored(config), checkpoint=checkpoint)
     if config.tied:
         model.head.tie(model.embedding)  # a quantized embedding took the place of the one that was tied
-    pack_linears(model, kinds=(Linear, MergedLinear, Head), kernels=context.kernels)
+    kinds = (Linear, MergedLinear, Head)
+    pack_linears(model, kinds, kernels=context.kernels, let_go=letting_go(checkpoint))
     if context.kernels is not None:
         take_kernels(model, context.kernels)
         model.join_layers(context.kernels)
