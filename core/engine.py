@@ -18,7 +18,8 @@ from core.request import ClientRequest, FinishReason, Request, ScheduledTokens
 from core.runner import Runner, StepLogits
 from core.sampler import SampledToken, Sampler, bad_word_ids, check_token_ids
 from core.sampling_params import SamplingParams
-from core.scheduler import Schedule, Scheduler
+from core.schedule import Schedule
+from core.scheduler import Scheduler
 from core.speculation import accepted_run
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from core.engine import Engine
 from core.engine_info import EngineInfo
 from core.errors import ConfigError, CoreError
 from core.kv_memory import GPU_SPARE, kv_bytes, size_memory
-from core.memory import give_back
+from core.memory import give_back, letting_go
 from core.model_loader import BuildAttempt, BuildContext, build_model
 from core.plugins import PluginHost
 from core.runner import Runner
@@ -48,9 +48,7 @@ def build_engine(
         hand_over(tokenizer)
     model, attempts = build_model(plan.models.eligible, plan.checkpoint, plan.context)
     plan.context.shared.clear()  # what the next bids would have gone on with
-    forget_pages = getattr(plan.checkpoint, "forget_pages", None)  # of files that are mapped
-    if forget_pages is not None:
-        forget_pages()
+    letting_go(plan.checkpoint)()
     give_back()
     return _assemble(config, host, plan, tokenizer, model, attempts)
 

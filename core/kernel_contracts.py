@@ -96,8 +96,8 @@ class DecoderKernel(Protocol):
 
     has_head: bool  # it can give logits, too
 
-    def takes(self, attention: AttentionBackend, tokens: int) -> bool:
-        """Return whether this kernel can attend in a backend's cache, and is the faster way for so many tokens."""
+    def takes(self, attention: AttentionBackend) -> bool:
+        """Return whether this kernel can attend in a backend's cache."""
         ...
 
     def run(

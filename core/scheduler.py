@@ -24,17 +24,15 @@ refused it. So it moves in every step, and everything before it in order is fini
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from core.blocks import BlockPool
 from core.errors import InvalidParameter, Overloaded, PromptTooLong
 from core.request import FinishReason, Request, ScheduledTokens, Status
+from core.schedule import Key, Line, Schedule, Step
 from core.speculation import Drafter
 from core.window_blocks import WindowPool, WindowTable
-
-Key = tuple[int, int, float, int]  # (priority, 0 once admitted else 1, arrival, serial number)
 
 
 @dataclass(frozen=True)
@@ -49,69 +47,6 @@ class SchedulerLimits:
     chunked_prefill: bool = True  # False: a prompt runs whole, over the budget if need be; no prefix cache
     prefix_caching: bool = True
     restart_after: int | None = None  # a text that grows past so many tokens is computed anew; no prefix cache
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """One step. A preempted request has no entry."""
-
-    entries: list[ScheduledTokens]  # decodes first
-    preempted: list[Request]  # they lost their blocks; the model has to forget their other state
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(entry.count for entry in self.entries)
-
-
-class _Line:
-    """Requests in order of their keys."""
-
-    def __init__(self) -> None:
-        self._keys: list[Key] = []
-        self.requests: list[Request] = []
-
-    def __len__(self) -> int:
-        return len(self.requests)
-
-    def insert(self, key: Key, request: Request) -> None:
-        insort(self._keys, key)
-        self.requests.insert(bisect_left(self._keys, key), request)
-
-    def remove(self, key: Key) -> None:
-        index = bisect_left(self._keys, key)
-        assert self._keys[index] == key
-        del self._keys[index], self.requests[index]
-
-
-@dataclass
-class _Step:
-    """A schedule in the making."""
-
-    budget: int  # tokens left
-    windows: Sequence[WindowPool]
-    entries: dict[str, ScheduledTokens] = field(default_factory=dict)
-    preempted: list[Request] = field(default_factory=list)
-    admitted: int = 0
-
-    def run(self, request: Request, count: int) -> None:
-        start = request.num_computed
-        for window, table in zip(self.windows, request.window_tables, strict=True):
-            window.cover(table, start, start + count)
-        self.entries[request.id] = ScheduledTokens(request, start, count)
-        self.budget -= count
-
-    def add_drafts(self, entry: ScheduledTokens, drafts: tuple[int, ...]) -> None:
-        request, count = entry.request, entry.count + len(drafts)
-        for window, table in zip(self.windows, request.window_tables, strict=True):
-            window.cover(table, entry.start, entry.start + count)
-        self.entries[request.id] = ScheduledTokens(request, entry.start, count, drafts)
-        self.budget -= len(drafts)
-
-    def drop(self, request: Request) -> None:
-        self.preempted.append(request)
-        entry = self.entries.pop(request.id, None)
-        if entry is not None:
-            self.budget += entry.count
 
 
 class Scheduler:
@@ -134,8 +69,8 @@ class Scheduler:
         self._caching = limits.prefix_caching and limits.chunked_prefill and limits.restart_after is None
         self._requests: dict[str, Request] = {}
         self._keys: dict[str, Key] = {}
-        self._waiting = _Line()
-        self._running = _Line()
+        self._waiting = Line()
+        self._running = Line()
         self._serial = 0
         self._restarted: set[str] = set()  # ids of requests that grew past limits.restart_after
         self._blocked: tuple[Request, int] | None = None  # first in line, and the fewest free blocks since it failed
@@ -215,7 +150,7 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """Choose what runs now. Never empty while has_work. Call advance() with its entries before the next one."""
-        step = _Step(self.limits.max_num_batched_tokens, self.windows)
+        step = Step(self.limits.max_num_batched_tokens, self.windows)
         prefilling = self._run_decodes(step)
         withheld = self._withheld(step)
         step.budget -= withheld
@@ -263,7 +198,7 @@ class Scheduler:
         for window, table in zip(self.windows, request.window_tables, strict=True):
             window.cut(table, request.num_tokens)
 
-    def _run_decodes(self, step: _Step) -> list[Request]:
+    def _run_decodes(self, step: Step) -> list[Request]:
         """Run what has one token left; return the running requests that have more, in order."""
         prefilling: list[Request] = []
         size = self.pool.block_size
@@ -290,7 +225,7 @@ class Scheduler:
         limit = self.limits.restart_after
         return request.num_computed == limit and request.num_prompt <= limit and request.id not in self._restarted
 
-    def _grow(self, request: Request, step: _Step) -> bool:
+    def _grow(self, request: Request, step: Step) -> bool:
         """Give a decode the block for its next token; False if it was itself the one to preempt."""
         while (fresh := self.pool.allocate(1)) is None:
             victim = self._running.requests[-1]
@@ -301,19 +236,19 @@ class Scheduler:
         request.block_ids += fresh
         return True
 
-    def _withheld(self, step: _Step) -> int:
+    def _withheld(self, step: Step) -> int:
         """Return how much of the budget prompts may not use beside decodes."""
         limit = self.limits.max_mixed_prefill_tokens
         if limit is None or not self.limits.chunked_prefill or not step.entries:
             return 0
         return max(0, step.budget - limit)
 
-    def _run_chunks(self, prefilling: Sequence[Request], step: _Step) -> None:
+    def _run_chunks(self, prefilling: Sequence[Request], step: Step) -> None:
         for request in prefilling:
             if step.budget > 0:
                 step.run(request, self._count(request, step))
 
-    def _admit_waiting(self, step: _Step) -> None:
+    def _admit_waiting(self, step: Step) -> None:
         # Not beside a preemption: whoever gave up its blocks would compete for them at once.
         while self._waiting and step.budget > 0 and not step.preempted:
             request = self._waiting.requests[0]
@@ -325,7 +260,7 @@ class Scheduler:
             step.run(request, self._count(request, step))
             step.admitted += 1
 
-    def _add_drafts(self, drafter: Drafter, step: _Step) -> None:
+    def _add_drafts(self, drafter: Drafter, step: Step) -> None:
         """Let guesses run behind the decodes. Takes free blocks only, and none in a step that preempted."""
         size = self.pool.block_size
         for entry in list(step.entries.values()):
@@ -341,16 +276,16 @@ class Scheduler:
             request.block_ids += fresh
             step.add_drafts(entry, drafts)
 
-    def _count(self, request: Request, step: _Step) -> int:
+    def _count(self, request: Request, step: Step) -> int:
         return min(request.num_remaining, step.budget) if self.limits.chunked_prefill else request.num_remaining
 
-    def _fits_budget(self, request: Request, step: _Step) -> bool:
+    def _fits_budget(self, request: Request, step: Step) -> bool:
         # An unchunked prompt larger than what is left of the budget runs as the only prefill of its step.
         return self.limits.chunked_prefill or request.num_remaining <= step.budget or step.admitted == 0
 
     # ------------------------------------------------------------------------------------ seats and blocks
 
-    def _admit(self, request: Request, step: _Step) -> bool:
+    def _admit(self, request: Request, step: Step) -> bool:
         """Give a waiting request a seat and blocks for all its known tokens, or change nothing of it."""
         matched = self._match(request)
         self.pool.share(matched)
@@ -375,7 +310,7 @@ class Scheduler:
         request.status = Status.RUNNING
         self._blocked = None
 
-    def _make_room(self, request: Request, count: int, step: _Step) -> list[int] | None:
+    def _make_room(self, request: Request, count: int, step: Step) -> list[int] | None:
         """Return `count` blocks once there is a seat too, preempting requests of lower priority if that can help."""
         if not self._can_make_room(request, count):
             return None
@@ -406,7 +341,7 @@ class Scheduler:
         self._blocked = (request, min(free, fewest))
         return free <= fewest
 
-    def _preempt(self, request: Request, step: _Step) -> None:
+    def _preempt(self, request: Request, step: Step) -> None:
         key = self._keys[request.id]
         self._running.remove(key)
         self._waiting.insert(key, request)

@@ -11,7 +11,7 @@ from torch import Tensor
 from core.engine import Engine
 from core.request import ClientRequest, FinishReason, Request, ScheduledTokens
 from core.sampling_params import SamplingParams
-from core.scheduler import Schedule
+from core.schedule import Schedule
 from core.verify_layers import LayerRecorder
 
 DECODED = (4, 1)  # tokens at a text's end that are decoded one by one, text after text in turn

@@ -9,6 +9,7 @@ from core.layers.embedding import Embedding
 from core.layers.huge_pages import AT_ONCE, CAN_ASK, HUGE_PAGE, LARGE, LEAST, HugePages
 from core.layers.linear import pack_linears
 
+moves = pytest.mark.skipif(not CAN_ASK, reason="without madvise, on other systems than Linux, nothing is moved")
 COLUMNS = 256
 ROWS = LEAST // COLUMNS  # enough of them to be moved
 
@@ -38,7 +39,7 @@ def test_placed_weights_keep_their_numbers_and_follow_each_other():
         assert weights[1].data_ptr() == weights[0].data_ptr() + weights[0].nbytes
 
 
-@pytest.mark.skipif(not CAN_ASK, reason="this system has no huge pages to ask for")
+@moves
 def test_memory_that_weights_took_is_let_go_while_others_are_still_to_move():
     let_go = []
     pages, half = HugePages(lambda: let_go.append(True)), AT_ONCE // 2
@@ -54,7 +55,7 @@ def test_small_weights_stay_where_they_are():
     assert weight.data_ptr() == at
 
 
-@pytest.mark.skipif(not CAN_ASK, reason="this system has no huge pages to ask for")
+@moves
 @pytest.mark.parametrize("collapses", [True, False])
 def test_a_large_weight_is_moved_only_where_the_system_cannot_collapse_it_in_place(collapses, monkeypatch):
     asked = []

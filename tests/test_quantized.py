@@ -1,6 +1,8 @@
 """A quantized weight stands wherever a float one would, and stays small while rows are picked and joined."""
 
 import copy
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -210,3 +212,19 @@ def test_experts_with_orders_of_their_own_multiply_with_kernels():
     give_kernels(module, kernels)
     for index, expert in enumerate(experts):
         torch.testing.assert_close(F.linear(x, module.stack[index]), x @ expert.dequantize().T)
+
+
+def test_loading_a_quantized_weight_imports_neither_distributed_tensors_nor_sympy():
+    """Tens of MB, and half a second: torch imports both where a tensor goes through __torch_dispatch__."""
+    code = """
+import sys, torch
+from torch import nn
+from core.layers import AffineTensor
+from core.layers.linear import on_device
+parts = {"codes": torch.zeros(8, 32, dtype=torch.uint8), "scales": torch.ones(8, 1)}
+nn.Parameter(AffineTensor(parts, 32, torch.float32, bits=8, group_size=32), requires_grad=False)
+on_device(torch.empty(8, 8, device="meta"), torch.device("cpu"))
+print([name for name in ("torch.distributed.tensor", "sympy") if name in sys.modules])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -16,7 +16,8 @@ from core.blocks import BlockPool
 from core.reach import Reach
 from core.request import FinishReason, Request, ScheduledTokens, Status
 from core.sampling_params import SamplingParams
-from core.scheduler import Schedule, Scheduler, SchedulerLimits
+from core.schedule import Schedule
+from core.scheduler import Scheduler, SchedulerLimits
 from core.speculation import Drafter, LookupLimits, accepted_run, takes_drafts
 from core.window_blocks import WindowPool, most_blocks
 

@@ -62,7 +62,7 @@ def fill_weight(name: str, layer: nn.Module) -> Loader:
 def on_device(weight: Tensor, device: torch.device) -> nn.Parameter:
     """Return a weight that was made without memory (on "meta") as an empty one on a device; any other as it is.
 
-    Not by torch.empty_like: for a tensor without memory that imports sympy, 30 MB.
+    Not by torch.empty_like: for a tensor without memory that imports sympy.
     """
     if not weight.is_meta:
         made = weight

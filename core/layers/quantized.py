@@ -269,7 +269,7 @@ def _joined(join: Callable[..., Tensor], first: QuantizedTensor, tensors: Sequen
 
 
 def _detach(weight: Tensor) -> Any:
-    """By itself, and not by __torch_dispatch__: for that torch imports its distributed tensors, 50 MB and a second."""
+    """By itself, and not by __torch_dispatch__: for that torch imports its distributed tensors."""
     return weight.remake(lambda part: part) if isinstance(weight, QuantizedTensor) else NotImplemented
 
 

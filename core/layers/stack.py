@@ -43,17 +43,17 @@ class LayerStack:
     ) -> bool:
         """Add to x [tokens, hidden], in place, what the layers make of it; fill `logits`, if given, for every token.
 
-        False, with nothing done, where they have to run one by one: they are looked at, x is not float32, the
-        attention backend is not the kernel's own, or there are so many tokens that one by one is no slower.
+        False, with nothing done, where they have to run one by one: they are looked at, x is not float32, or the
+        attention backend is not the kernel's own.
         """
-        if attention is None or x.dtype is not torch.float32 or not self.takes(attention, len(x)):
+        if attention is None or x.dtype is not torch.float32 or not self.takes(attention):
             return False
         self.kernel.run(x, *rotation, attention, 0, self.count, logits)
         return True
 
-    def takes(self, attention: AttentionBackend | None, tokens: int) -> bool:
-        """True if a step of so many tokens in float32 runs in one call."""
-        return attention is not None and not self.is_hooked and self.kernel.takes(attention, tokens)
+    def takes(self, attention: AttentionBackend | None) -> bool:
+        """True if a step in float32 runs in one call."""
+        return attention is not None and not self.is_hooked and self.kernel.takes(attention)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Any
 from core.blocks import BlockPool
 from core.request import FinishReason, Request
 from core.sampling_params import SamplingParams
-from core.scheduler import Schedule, Scheduler, SchedulerLimits
+from core.schedule import Schedule
+from core.scheduler import Scheduler, SchedulerLimits
 
 SIZE = 4
 

@@ -62,7 +62,7 @@ struct Packing {
     void (*prepare)(const Plan&, const float* x, int64_t rows, float* prepared, float* sums);
     void (*multiply)(const Plan&, const Call&, int64_t first, int64_t last);  // rows [first, last) of the weight
     int64_t (*sum_floats)(const Plan&);
-    int64_t most_rows = 0;  // of x, up to which it is worth it; 0: any number
+    int64_t most_rows = 0;  // of x, up to which it is worth it; asked of Ready's `other` alone, as least_rows is
     const struct Tiled* tiled = nullptr;  // another way for many rows
     int64_t least_rows = 1;  // of x, from which on it is worth it
     int64_t x_rows = 1;      // rows of x that are prepared together

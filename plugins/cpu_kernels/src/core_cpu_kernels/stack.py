@@ -123,7 +123,7 @@ class DecoderKernel:
         self._bound: _Bound | None = None
         self._seconds = (ctypes.c_double * len(PARTS))()
 
-    def takes(self, attention: AttentionBackend, tokens: int) -> bool:
+    def takes(self, attention: AttentionBackend) -> bool:
         return isinstance(attention, CpuKernelAttention)
 
     def run(

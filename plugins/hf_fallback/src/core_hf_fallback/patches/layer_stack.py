@@ -36,8 +36,8 @@ def stack_layers(module: nn.Module, calls: LinearCalls, kernels: Kernels | None)
     chains = _chains(module, calls)
     for layers in chains:
         head = find_head(module, layers) if layers is chains[-1] else None
-        parts = [parts_of(layer.forward) for layer in layers]
-        kernel = kernels.decoder(parts, None if head is None else head.parts)  # type: ignore[arg-type]
+        parts = [found for layer in layers if (found := parts_of(layer.forward)) is not None]  # all have some
+        kernel = kernels.decoder(parts, None if head is None else head.parts)
         if kernel is not None:
             head = head if kernel.has_head else None
             after = () if head is None else (head.norm, head.head)
@@ -153,7 +153,7 @@ class Shared:
             batch is not None
             and attention.dtype is torch.float32
             and all(vars(layer)["forward"] is forward for layer, forward in self.layers)
-            and self.stack.takes(batch.attention, batch.num_tokens)
+            and self.stack.takes(batch.attention)
         )
         return self.is_alone
 

@@ -29,12 +29,8 @@ class Ahead:
 class StackHead:
     """The norm and the head of a module, and what they know of a forward."""
 
-    def __init__(self, norm: nn.Module, head: nn.Module) -> None:
-        kernel = norm.forward.kernel if isinstance(norm.forward, Norm) else None
-        assert kernel is not None
-        self.norm, self.head = norm, head
-        self.parts = HeadParts(kernel, kernels_of(head)[0])
-        self.vocab: int = head.out_features  # type: ignore[assignment]
+    def __init__(self, norm: nn.Module, head: nn.Module, parts: HeadParts, vocab: int) -> None:
+        self.norm, self.head, self.parts, self.vocab = norm, head, parts, vocab
         self.ahead: Ahead | None = None
         self.is_used = True  # False: the module's head was given something else
 
@@ -44,13 +40,13 @@ class StackHead:
 
     def replace(self) -> list[Callable[[], None]]:
         """Replace the forward of both; return how to undo it."""
-        plain_norm, plain_head = self.norm.forward, self.head.forward
-        self.norm.forward = self._norm_of(plain_norm)  # type: ignore[method-assign]
-        self.head.forward = self._head_of(plain_head)  # type: ignore[method-assign]
+        plain = self.norm.forward
+        vars(self.norm)["forward"] = self._norm_of(plain)
+        vars(self.head)["forward"] = self._head_of(self.head.forward)
 
         def undo() -> None:
-            self.norm.forward = plain_norm  # type: ignore[method-assign]
-            vars(self.head).pop("forward", None)
+            vars(self.norm)["forward"] = plain
+            del vars(self.head)["forward"]
 
         return [undo]
 
@@ -79,9 +75,12 @@ class StackHead:
 def find_head(module: nn.Module, layers: Sequence[nn.Module]) -> StackHead | None:
     """Return what follows a module's layers: its only norm outside of them, and its output embeddings, with kernels."""
     inside = {id(part) for layer in layers for part in layer.modules()}
-    norms = [part for part in module.modules() if isinstance(part.forward, Norm) and id(part) not in inside]
+    outside = [(part, part.forward) for part in module.modules() if id(part) not in inside]
+    norms = [(part, norm.kernel) for part, norm in outside if isinstance(norm, Norm) and norm.kernel is not None]
     head = getattr(module, "get_output_embeddings", lambda: None)()
-    if len(norms) != 1 or not isinstance(head, nn.Module) or len(kernels_of(head)) != 1 or "forward" in vars(head):
+    if len(norms) != 1 or not isinstance(head, nn.Module) or "forward" in vars(head):
         return None
-    norm = norms[0].forward
-    return StackHead(norms[0], head) if isinstance(norm, Norm) and norm.kernel is not None else None
+    (norm, kernel), linears, vocab = norms[0], kernels_of(head), getattr(head, "out_features", None)
+    if len(linears) != 1 or not isinstance(vocab, int):
+        return None
+    return StackHead(norm, head, HeadParts(kernel, linears[0]), vocab)
