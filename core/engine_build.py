@@ -214,6 +214,13 @@ def sized(config: EngineConfig) -> EngineConfig:
     )
 
 
+def offline(config: EngineConfig) -> EngineConfig:
+    """Let steps that decode take prompts up to their whole budget, unless told otherwise: nobody reads along."""
+    if config.max_mixed_prefill_tokens is not None:
+        return config
+    return replace(config, max_mixed_prefill_tokens=sized(config).max_num_batched_tokens)
+
+
 def mixed_prefill_tokens(config: EngineConfig, device: torch.device) -> int | None:
     """Return how many tokens of prompts a step runs beside decodes; None: its whole budget.
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 from core.config import EngineConfig
 from core.device import forget_cached
-from core.engine_build import build_engine, sized
+from core.engine_build import build_engine, offline
 from core.engine_info import EngineInfo
 from core.errors import ConfigError, CoreError, InvalidParameter
 from core.memory import give_back
@@ -31,9 +30,7 @@ class LLM:
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
         config = EngineConfig.from_options(model=None if model is None else str(model), **options)
-        if config.max_mixed_prefill_tokens is None:  # nobody waits for the next piece of a text: all at full speed
-            config = replace(config, max_mixed_prefill_tokens=sized(config).max_num_batched_tokens)
-        self._engine = build_engine(config)
+        self._engine = build_engine(offline(config))
         self._numbers = itertools.count()
         self._closed = False
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -132,10 +131,7 @@ def latency(
     _check_plot(plot)
     from core.bench.latency import Sweep, measure_latency
     from core.bench.subject import opened
-    from core.engine_build import sized
 
-    # Prompts of a sweep are to be done soon, so that all decode at the same time; nobody reads along.
-    config = replace(config, max_mixed_prefill_tokens=sized(config).max_num_batched_tokens)
     with opened(config, host, max(batches), text) as opened_bench:
         report = measure_latency(opened_bench, Sweep(contexts, batches, steps), profile, _say)
     _show(report, json_file, plot)

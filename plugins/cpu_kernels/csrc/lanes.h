@@ -102,11 +102,10 @@ template <int VECTORS, bool ONCE> void lanes_block_of(int64_t vectors, const Pla
 
 template <bool ONCE> void lanes(const Plan& plan, const Call& call, int64_t first, int64_t last) {
     const int64_t groups = lane_groups(call.rows), in_lanes = std::min(call.rows, groups * W), passes = (groups + LANES_VECTORS - 1) / LANES_VECTORS;
-    const char* codes = reinterpret_cast<const char*>(plan.weight.codes);
-    const Call rest{call.x + groups * W * plan.x_stride, nullptr, call.out + in_lanes * plan.weight.out, call.rows - in_lanes};
+    const Call rest{call.x + groups * W * plan.x_stride, nullptr, call.out + in_lanes * plan.weight.out, call.rows - in_lanes, {}};
     for (int64_t n = first; n < last; n += LANES_BLOCK) {
         const int64_t end = std::min<int64_t>(n + LANES_BLOCK, last);
-        Ahead ahead{codes + end * plan.weight.row_bytes, codes + std::min<int64_t>(end + LANES_BLOCK, last) * plan.weight.row_bytes};
+        Ahead ahead = end < last ? codes_of(plan.weight, end, std::min<int64_t>(end + LANES_BLOCK, last)) : call.after;
         for (int64_t pass = 0; pass < passes; pass++) {
             const int64_t group = groups * pass / passes, m = group * W;
             lanes_block_of<LANES_VECTORS, ONCE>(groups * (pass + 1) / passes - group, plan, call.x + m * plan.x_stride, call.out + m * plan.weight.out, in_lanes - m, n, end, ahead);

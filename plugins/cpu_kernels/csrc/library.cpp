@@ -65,7 +65,9 @@ struct Job {
 
 void multiply(const void* given, int64_t first, int64_t last) {
     const Job& job = *static_cast<const Job*>(given);
-    job.ready->packing->multiply(job.ready->plan, job.call, first, last);
+    Call call = job.call;
+    call.after = codes_of(job.ready->plan.weight, last, job.ready->plan.weight.out);
+    job.ready->packing->multiply(job.ready->plan, call, first, last);
 }
 
 constexpr int64_t SERIAL_NUMBERS = 1 << 15;  // numbers that one thread goes through before a second is called
@@ -76,7 +78,7 @@ void multiply_all(const Job& job) {
     const int threads = weight.out * weight.in * job.call.rows <= SERIAL_WORK ? 1 : thread_count();
     const int64_t even = weight.out / (int64_t(threads) * 8);
     const int64_t chunk = threads == 1 ? weight.out : std::min<int64_t>(std::max<int64_t>(even / 32 * 32, 32), 1024);
-    Shares shares{multiply, &job, weight.out, chunk, {0}};
+    Shares shares(multiply, &job, weight.out, chunk);
     share_out(shares, threads);
 }
 
@@ -98,7 +100,7 @@ void prepare(const void* shared, int64_t first, int64_t last) {
 void prepare_all(const Given& given) {
     const int64_t unit = given.ready->packing->x_rows, units = (given.rows + unit - 1) / unit;
     const bool parted = unit > 1 && given.rows * given.ready->plan.weight.in > SERIAL_NUMBERS;
-    Shares shares{prepare, &given, units, parted ? 1 : units, {0}};
+    Shares shares(prepare, &given, units, parted ? 1 : units);
     share_out(shares, parted ? thread_count() : 1);
 }
 
@@ -120,7 +122,7 @@ void run_rows(const void* set, const Call& call, int64_t rows, int64_t width) {
         const Shared& found = *static_cast<const Shared*>(given);
         found.run(*found.call, first, last);
     };
-    Shares shares{run, &shared, rows, std::max<int64_t>(1, SERIAL_NUMBERS / 2 / std::max<int64_t>(width, 1)), {0}};
+    Shares shares(run, &shared, rows, std::max<int64_t>(1, SERIAL_NUMBERS / 2 / std::max<int64_t>(width, 1)));
     share_out(shares, rows * width <= SERIAL_NUMBERS ? 1 : thread_count());
 }
 

@@ -264,8 +264,8 @@ template <class Format> void many_rows(const Plan& plan, const Call& call, int64
 // in the order in which they lie, a piece ahead of where it computes.
 
 // Lines of memory that the second cache asks for, a few at a time, while something else is computed.
-struct Ahead {
-    const char *at = nullptr, *end = nullptr;
+struct Ahead : Stretch {
+    Ahead(Stretch stretch) : Stretch(stretch) {}
 
     template <int LINES> INLINE void ask() {
         if (at >= end) return;
@@ -375,10 +375,9 @@ template <int ROWS, int ASK> void float_tile_of(int rows, const Plan& plan, cons
 template <int ASK> void float_tiles(const Plan& plan, const Call& call, int64_t first, int64_t last) {
     const int64_t tiles = (call.rows + MAX_ROWS - 1) / MAX_ROWS, in = plan.weight.in;
     const int64_t blocks = (in + KB - 1) / KB, block = (in + blocks * W - 1) / (blocks * W) * W;
-    const char* codes = reinterpret_cast<const char*>(plan.weight.codes);
     for (int64_t n = first; n < last; n += BLOCK_COLUMNS) {
         const int64_t end = std::min<int64_t>(n + BLOCK_COLUMNS, last);
-        Ahead ahead{codes + end * plan.weight.row_bytes, codes + std::min(end + BLOCK_COLUMNS, last) * plan.weight.row_bytes};
+        Ahead ahead = end < last ? codes_of(plan.weight, end, std::min<int64_t>(end + BLOCK_COLUMNS, last)) : call.after;
         for (int64_t from = 0; from < in; from += block) {
             for (int64_t t = 0; t < tiles; t++) {
                 const int64_t m = call.rows * t / tiles, rows = call.rows * (t + 1) / tiles - m;

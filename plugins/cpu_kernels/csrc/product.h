@@ -39,8 +39,8 @@ struct Product {
             for (int64_t t = first / TILED_X_ROWS; t * TILED_X_ROWS < last; t++) cut(*tiled(), columns, block, t);
     }
 
-    void multiply(int64_t first, int64_t last) const {
-        if (!tiled()) return ready->packing->multiply(ready->plan, {memory, memory + x_floats(), out, rows}, first, last);
+    void multiply(int64_t first, int64_t last, Stretch after) const {
+        if (!tiled()) return ready->packing->multiply(ready->plan, {memory, memory + x_floats(), out, rows, after}, first, last);
         const TiledColumns columns(*tiled(), ready->plan, rows);
         for (int64_t block = 0; block < columns.blocks; block++)
             tiled()->multiply(ready->plan, {tiles(columns, block), out, rows, columns.from(block), columns.from(block + 1)}, first, last);

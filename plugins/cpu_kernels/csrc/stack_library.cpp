@@ -15,7 +15,7 @@ int32_t run_stack(StackRun& run, Scratch& scratch, int threads) {
     if (!run.prepare(scratch)) return NO_MEMORY;
     if (!run.blocks_exist()) return NO_SUCH_BLOCK;
     run.start();
-    Stages<StackRun>(run, run.count()).run(threads);
+    Stages<StackRun>(run, run.count(), threads).run();
     return 0;
 }
 

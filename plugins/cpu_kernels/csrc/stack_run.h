@@ -66,13 +66,22 @@ struct Products {
     void prepare(const float* x, int64_t first, int64_t last) const {
         for (int64_t i = 0; i < count; i++) parts[i].prepare(x, first, last);
     }
-    void multiply(int64_t at) const {
+    void multiply(int64_t at, Stretch after) const {
         for (int64_t i = 0; i < count; i++) {
             const int64_t mine = (parts[i].outputs() + chunk - 1) / chunk;
-            if (chunks == 1) parts[i].multiply(0, parts[i].outputs());
-            else if (at >= 0 && at < mine) parts[i].multiply(at * chunk, std::min((at + 1) * chunk, parts[i].outputs()));
+            if (chunks == 1) parts[i].multiply(0, parts[i].outputs(), after);
+            else if (at >= 0 && at < mine) parts[i].multiply(at * chunk, std::min((at + 1) * chunk, parts[i].outputs()), after);
             at -= mine;
         }
+    }
+    // What a chunk reads first.
+    Stretch codes(int64_t at) const {
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t mine = (parts[i].outputs() + chunk - 1) / chunk;
+            if (at < mine) return codes_of(parts[i].ready->plan.weight, at * chunk, std::min((at + 1) * chunk, parts[i].outputs()));
+            at -= mine;
+        }
+        return {};
     }
 };
 
@@ -153,22 +162,18 @@ class StackRun {
         }
     }
 
-    void run(int64_t stage, int64_t chunk) {
+    void run(int64_t stage, int64_t chunk, int turn) {
         const int64_t of = chunks(stage), first = row(chunk, of), last = row(chunk + 1, of);
-        if (stage > layer_stages()) return head.multiply(chunk);
+        if (const Products* products = products_of(stage)) return products->multiply(chunk, codes_after(stage, chunk, turn));
         if (stage == layer_stages()) return head.count ? norm(call.head_norm, call.head_eps, true, head, first, last) : add(first, last);
         const LayerRun& run = runs[size_t(stage / OPERATIONS)];
         switch (stage % OPERATIONS) {
             case BEFORE_QKV: return norm(run.layer->attention_norm, run.layer->attention_eps, stage > 0, run.qkv, first, last);
-            case QKV: return run.qkv.multiply(chunk);
             case HEADS: return heads(run, first, last);
             case ATTEND: return attend(run, chunk, of);
             case BEFORE_OUTPUT: return run.output.prepare(inner, first, last);
-            case OUTPUT: return run.output.multiply(chunk);
             case BEFORE_MLP: return norm(run.layer->mlp_norm, run.layer->mlp_eps, true, run.gate_up, first, last);
-            case GATE_UP: return run.gate_up.multiply(chunk);
-            case BEFORE_DOWN: return gate(run, first, last);
-            default: return run.down.multiply(chunk);
+            default: return gate(run, first, last);
         }
     }
 
@@ -194,6 +199,28 @@ class StackRun {
     int64_t unit = 1;  // rows that are not parted: those that a product takes together
 
     int64_t layer_stages() const { return int64_t(runs.size()) * OPERATIONS; }
+
+    // Null: the stage is no product.
+    const Products* products_of(int64_t stage) const {
+        if (stage >= layer_stages()) return stage > layer_stages() ? &head : nullptr;
+        const LayerRun& run = runs[size_t(stage / OPERATIONS)];
+        switch (stage % OPERATIONS) {
+            case QKV: return &run.qkv;
+            case OUTPUT: return &run.output;
+            case GATE_UP: return &run.gate_up;
+            case DOWN: return &run.down;
+            default: return nullptr;
+        }
+    }
+
+    // What the thread that has a run of chunks reads after one of them: the next one's codes, or those of the next product.
+    Stretch codes_after(int64_t stage, int64_t chunk, int turn) const {
+        const Products& products = *products_of(stage);
+        if (chunk + 1 < Turns::first_of(products.chunks, threads, turn + 1)) return products.codes(chunk + 1);
+        for (stage++; stage < count(); stage++)
+            if (const Products* next = products_of(stage)) return next->codes(Turns::first_of(next->chunks, threads, turn));
+        return {};
+    }
 
     static double now() {
         timespec at;

@@ -1,6 +1,6 @@
 // Work that goes through many stages, each of which needs all of the one before: no fork and join for each of them.
 //
-// The chunks of a stage are done by whoever comes. The thread that finishes the last one opens the next stage, and does
+// The chunks of a stage are done by whoever comes, in the order of turns.h. The thread that finishes the last one opens the next stage, and does
 // stages of a single chunk at once, by itself. So nobody waits for a thread that holds no chunk: one that another process
 // keeps off its core is not missed. Who waits spins for some microseconds, then leaves the core to others.
 #pragma once
@@ -11,6 +11,7 @@
 #include <memory>
 
 #include "threads.h"
+#include "turns.h"
 
 namespace core_kernels { namespace {
 
@@ -23,13 +24,14 @@ inline void breathe() {
 }
 
 // `Job` has  int64_t chunks(stage)            at least 1
-//            void run(stage, chunk)           chunks of a stage in any order, on any thread
+//            void run(stage, chunk, run)      chunks of a stage in any order, on any thread; `run` of `threads` is one of turns.h
 //            void finished(stage)             after its last chunk and before the next stage, stage after stage
 template <class Job> class Stages {
   public:
-    Stages(Job& job, int64_t count) : job(job), count(count), counters(new Counter[size_t(count)]) {}
+    Stages(Job& job, int64_t count, int threads)
+        : job(job), count(count), threads(threads), stride((size_t(threads) + 1 + 15) / 16 * 16), counters(new std::atomic<int32_t>[stride * size_t(count)]()) {}
 
-    void run(int threads) {
+    void run() {
         advance(0);
         if (open.load() < count) on_threads(threads, [](void* given) { static_cast<Stages*>(given)->work(); }, this);
     }
@@ -37,31 +39,32 @@ template <class Job> class Stages {
   private:
     static constexpr int SPINS = 400;
 
-    struct alignas(64) Counter {  // each stage has its own: who comes late to one finds nothing left of it
-        std::atomic<int64_t> next{0}, done{0};
-    };
-
     Job& job;
     const int64_t count;
-    std::unique_ptr<Counter[]> counters;
+    const int threads;
+    const size_t stride;  // of a stage's counters
+    // [count][chunks that are done, then those taken by run]: who comes late to a stage finds nothing left of it
+    std::unique_ptr<std::atomic<int32_t>[]> counters;
+    std::atomic<int> workers{0};
     alignas(64) std::atomic<int64_t> open{0};  // the stage that is worked on
 
     void work() {
+        const int worker = workers.fetch_add(1) % threads;
         for (int64_t stage = open.load(std::memory_order_acquire); stage < count; stage = wait(stage)) {
-            Counter& counter = counters[size_t(stage)];
-            const int64_t chunks = job.chunks(stage);
-            for (int64_t chunk; (chunk = counter.next.fetch_add(1)) < chunks;) {
-                job.run(stage, chunk);
-                if (counter.done.fetch_add(1) + 1 < chunks) continue;
+            std::atomic<int32_t>* done = &counters[stride * size_t(stage)];
+            const Turns turns{done + 1, job.chunks(stage), threads};
+            turns.take(worker, [&](int64_t chunk, int run) {
+                job.run(stage, chunk, run);
+                if (done->fetch_add(1) + 1 < turns.chunks) return;
                 job.finished(stage);
                 advance(stage + 1);
-            }
+            });
         }
     }
 
     void advance(int64_t stage) {
         for (; stage < count && job.chunks(stage) == 1; stage++) {
-            job.run(stage, 0);
+            job.run(stage, 0, 0);
             job.finished(stage);
         }
         open.store(stage, std::memory_order_release);

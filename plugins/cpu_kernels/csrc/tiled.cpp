@@ -43,10 +43,10 @@ void multiply(const void* given, int64_t first, int64_t last) {
 
 void multiply_block(Job& job, int64_t tiles, int threads) {
     const int64_t out = job.plan.weight.out;
-    Shares cuts{cut, &job, tiles, 1, {0}};
+    Shares cuts(cut, &job, tiles, 1);
     share_out(cuts, tiles * job.tile_numbers < SERIAL_NUMBERS * job.tiled.x_terms ? 1 : threads);
     const int64_t even = out / (int64_t(threads) * 8);
-    Shares products{multiply, &job, out, std::min<int64_t>(std::max<int64_t>(even / 32 * 32, 32), 512), {0}};
+    Shares products(multiply, &job, out, std::min<int64_t>(std::max<int64_t>(even / 32 * 32, 32), 512));
     share_out(products, threads);
 }
 

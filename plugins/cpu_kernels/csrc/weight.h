@@ -48,12 +48,24 @@ struct Plan {
     std::vector<int32_t> lanes;      // PERMUTE [lanes]: which of the segment's groups
 };
 
+// Memory that will be read.
+struct Stretch {
+    const char *at = nullptr, *end = nullptr;
+};
+
+// The codes of rows [first, last) of a weight.
+inline Stretch codes_of(const Weight& weight, int64_t first, int64_t last) {
+    const char* codes = reinterpret_cast<const char*>(weight.codes);
+    return {codes + first * weight.row_bytes, codes + last * weight.row_bytes};
+}
+
 // One multiplication: out[rows, n] = x[rows, in] @ weight.T.
 struct Call {
     const float* x;      // prepared, [rows, x_stride]
     const float* x_sum;  // one row only: the sum of a segment's vectors of each part, [segments * parts, lanes]
     float* out;          // [rows, out]
     int64_t rows;
+    Stretch after;       // what the same thread will probably read next
 };
 
 // The code of one packing in one instruction set.
