@@ -1,6 +1,7 @@
 // The C ABI of decoder layers that run in one call.
 #include <new>
 
+#include "stack_blocks.h"
 #include "stack_run.h"
 #include "threads.h"
 
@@ -11,12 +12,17 @@ namespace {
 constexpr int64_t KEPT_FLOATS = 1 << 22;  // between runs; what a long prompt needs beyond it is given back
 enum Failure : int32_t { NO_MEMORY = 1, NO_SUCH_BLOCK = 2 };
 
-int32_t run_stack(StackRun& run, Scratch& scratch, int threads) {
+template <class Run> int32_t run_stack(Run& run, Scratch& scratch, int threads) {
     if (!run.prepare(scratch)) return NO_MEMORY;
     if (!run.blocks_exist()) return NO_SUCH_BLOCK;
     run.start();
-    Stages<StackRun>(run, run.count(), threads).run();
-    return 0;
+    Stages<Run>(run, run.count(), threads).run();
+    return run.out_of_memory() ? NO_MEMORY : 0;
+}
+
+template <class Run> int32_t run_as(const void* set, const void* attention, const StackLayer* layers, const StackCall& call, Scratch& scratch, int threads) {
+    Run run(*static_cast<const InstructionSet*>(set), *static_cast<const AttentionSet*>(attention), layers, call, threads);
+    return run_stack(run, scratch, threads);
 }
 
 }  // namespace
@@ -29,8 +35,8 @@ extern "C" {
 EXPORT int32_t core_kernels_stack(const void* set, const void* attention, const StackLayer* layers, const StackCall* call) try {
     static thread_local Scratch kept;
     const int threads = thread_count();
-    StackRun run(*static_cast<const InstructionSet*>(set), *static_cast<const AttentionSet*>(attention), layers, *call, threads);
-    const int32_t failure = run_stack(run, kept, threads);
+    const bool in_blocks = StackBlocks::fits(layers, *call, threads);
+    const int32_t failure = in_blocks ? run_as<StackBlocks>(set, attention, layers, *call, kept, threads) : run_as<StackRun>(set, attention, layers, *call, kept, threads);
     if (kept.floats > KEPT_FLOATS) kept.give_back();
     return failure;
 } catch (const std::bad_alloc&) {

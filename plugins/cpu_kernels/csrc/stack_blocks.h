@@ -1,0 +1,175 @@
+// One run of decoder layers over many rows, cut into blocks of rows (stages.h): between two attentions a thread takes a block
+// through all operations by itself, so that what one of them made is in its core's cache for the next. Weights are read anew
+// for every block, which costs little beside that many rows.
+//
+// Stage 2 i of layer i is by blocks: what follows the attention of the layer before, then all up to the K/V that attention i
+// needs. Stage 2 i + 1 is attention i. Numbers are those of stack_run.h: each is computed by the code that all rows would use.
+#pragma once
+
+#include "stack_layers.h"
+#include "stages.h"
+
+namespace core_kernels { namespace {
+
+constexpr int64_t BLOCK_ROWS = 48;   // at least, to be worth reading the weights
+constexpr int64_t BLOCK_MOST = 96;   // floats
+constexpr int64_t BLOCK_UNIT = 16;   // rows of a block come in such numbers, but for the last
+
+class StackBlocks : public StackLayers {
+  public:
+    StackBlocks(const InstructionSet& set, const AttentionSet& attention, const StackLayer* layers, const StackCall& call, int threads)
+        : StackLayers(set, attention, layers, call, threads) {
+        const int64_t units = (call.tokens + BLOCK_UNIT - 1) / BLOCK_UNIT, most = BLOCK_MOST / BLOCK_UNIT * threads;
+        blocks = std::min(units, (units + most - 1) / most * threads);
+    }
+
+    // Whether there are rows enough, and products that can take some of them.
+    static bool fits(const StackLayer* layers, const StackCall& call, int threads) {
+        if (call.tokens < BLOCK_ROWS * threads) return false;
+        for (int64_t i = call.first; i < call.last; i++)
+            if (LayerProducts(layers[i], call.tokens, call.tokens).are_tiled()) return false;
+        return true;
+    }
+
+    // False: there is no memory.
+    bool prepare(Scratch& scratch) {
+        int64_t qkv = 0, out = 0;
+        const int64_t units = (call.tokens + BLOCK_UNIT - 1) / BLOCK_UNIT, rows = (units + blocks - 1) / blocks * BLOCK_UNIT;
+        Products head;
+        head.add(call.head, rows, call.tokens);
+        Sizes largest{head.floats(), 0, 0};
+        for (int64_t i = 0; i < count_layers(); i++) {
+            const LayerProducts one(layer(i), rows, call.tokens);
+            qkv = std::max(qkv, one.qkv.outputs()), out = std::max(out, one.attended());
+            largest = {std::max(largest.products, one.floats()), std::max(largest.wide, one.gate_up.outputs()), std::max(largest.inner, one.inner())};
+        }
+        sizes = {padded(largest.products), padded(rows * largest.wide), padded(rows * largest.inner)};
+        wide = scratch.get(padded(call.tokens * qkv) + padded(call.tokens * out));
+        if (!wide) return false;
+        inner = wide + padded(call.tokens * qkv);
+        return attend_in(wide, inner);
+    }
+
+    int64_t count() const { return 2 * count_layers() + 1; }
+    void start() { if (call.seconds) before_stage = now(); }
+    bool out_of_memory() const { return failed.load(); }
+
+    int64_t chunks(int64_t stage) const { return stage % 2 ? attended[size_t(stage / 2)].job->size() : blocks; }
+
+    void run(int64_t stage, int64_t chunk, int) {
+        if (stage % 2) return attend(stage / 2, chunk, chunks(stage));
+        const int64_t units = (call.tokens + BLOCK_UNIT - 1) / BLOCK_UNIT;
+        const int64_t first = units * chunk / blocks * BLOCK_UNIT, last = std::min(call.tokens, units * (chunk + 1) / blocks * BLOCK_UNIT);
+        Block block(*this, first, last);
+        if (failed) return;
+        if (stage > 0) block.after_attention(stage / 2 - 1);
+        if (stage / 2 < count_layers()) block.before_attention(stage / 2);
+        else block.finish();
+        if (!call.seconds) return;
+        linear_time.fetch_add(int64_t(1e9 * block.linear_time)), small_time.fetch_add(int64_t(1e9 * block.small_time));
+    }
+
+    // A stage of several parts took what its threads spent in each.
+    void finished(int64_t stage) {
+        if (!call.seconds) return;
+        const double at = now(), linear = double(linear_time.exchange(0)), all = linear + double(small_time.exchange(0));
+        const double share = all > 0 ? linear / all : 0;
+        if (stage % 2) call.seconds[ATTENTION] += at - before_stage;
+        else call.seconds[LINEARS] += (at - before_stage) * share, call.seconds[SMALL] += (at - before_stage) * (1 - share);
+        before_stage = at;
+    }
+
+  private:
+    int64_t blocks = 1;
+    float *wide = nullptr, *inner = nullptr;  // Q, K and V of a layer, and what its attention gives, of all tokens
+    double before_stage = 0;
+    std::atomic<int64_t> linear_time{0}, small_time{0};  // nanoseconds of all threads in this stage
+    std::atomic<bool> failed{false};
+    struct Sizes { int64_t products, wide, inner; } sizes{};  // floats of a block's buffers
+
+    // Some rows on their way from one attention to the next, in memory of the thread that takes them.
+    class Block {
+      public:
+        double linear_time = 0, small_time = 0;  // seconds
+
+        Block(StackBlocks& run, int64_t first, int64_t last) : run(run), first(first), rows(last - first), hidden(run.call.hidden), x(run.call.x + first * hidden) {
+            static thread_local Scratch scratch;
+            const int64_t size = padded(rows * hidden);
+            float* found = scratch.get(2 * size + run.sizes.wide + run.sizes.inner + run.sizes.products);
+            if (!found) run.failed = true;
+            made = found, normed = made + size, wide = normed + size, inner = wide + run.sizes.wide, memory = inner + run.sizes.inner;
+            if (run.call.seconds) at = now();
+        }
+
+        void before_attention(int64_t i) {
+            const StackLayer& layer = run.layer(i);
+            LayerProducts products(layer, rows, run.call.tokens);
+            products.qkv.place(memory, nullptr, run.call.tokens);
+            float* out = run.wide;
+            for (int64_t p = 0; p < products.qkv.count; p++) {
+                products.qkv.parts[p].out = out + first * products.qkv.parts[p].outputs();
+                out += run.call.tokens * products.qkv.parts[p].outputs();
+            }
+            multiply_normed(products.qkv, added, layer.attention_norm, layer.attention_eps, products.output);
+            run.heads(i, first, first + rows);
+            count(small_time);
+        }
+
+        void after_attention(int64_t i) {
+            const StackLayer& layer = run.layer(i);
+            LayerProducts products(layer, rows, run.call.tokens);
+            products.output.place(memory, made, rows), products.gate_up.place(memory, wide, rows), products.down.place(memory, made, rows);
+            multiply(products.output, run.inner + first * products.attended(), products.gate_up);
+            multiply_normed(products.gate_up, made, layer.mlp_norm, layer.mlp_eps, products.down);
+            run.gate(i, wide, inner, rows, products.inner(), 0, rows);
+            multiply(products.down, inner, products.qkv);
+            added = made;
+        }
+
+        // The last addition, and logits where there is a head.
+        void finish() {
+            Products head;
+            head.add(run.call.head, rows, run.call.tokens);
+            if (head.count) {
+                head.place(memory, run.call.logits + first * head.outputs(), rows);
+                multiply_normed(head, added, run.call.head_norm, run.call.head_eps, {});
+            } else if (added) {
+                run.add(x, added, 0, rows);
+            }
+            count(small_time);
+        }
+
+      private:
+        StackBlocks& run;
+        const int64_t first, rows, hidden;
+        float* const x;
+        const float* added = nullptr;  // what x still lacks
+        float *memory = nullptr, *normed = nullptr, *made = nullptr, *wide = nullptr, *inner = nullptr;
+        double at = 0;
+
+        void multiply_normed(const Products& products, const float* adds, const float* weight, float eps, const Products& next) {
+            run.norm(x, adds, normed, weight, eps, 0, rows);
+            multiply(products, normed, next);
+        }
+
+        void multiply(const Products& products, const float* from, const Products& next) {
+            products.prepare(from, 0, rows);
+            count(small_time);
+            for (int64_t p = 0; p < products.count; p++) {
+                const Products& after = p + 1 < products.count ? products : next;
+                const int64_t part = p + 1 < products.count ? p + 1 : 0;
+                const Stretch codes = after.count ? codes_of(after.parts[part].ready->plan.weight, 0, after.parts[part].outputs()) : Stretch{};
+                products.parts[p].multiply(0, products.parts[p].outputs(), codes);
+            }
+            count(linear_time);
+        }
+
+        void count(double& time) {
+            if (!run.call.seconds) return;
+            const double before = at;
+            at = now(), time += at - before;
+        }
+    };
+};
+
+}}  // namespace core_kernels
