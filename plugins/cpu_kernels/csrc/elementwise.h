@@ -80,7 +80,7 @@ void gate(const GateCall& call, int64_t first, int64_t last) {
     const int64_t width = call.width, whole = width / W * W;
     for (int64_t r = first; r < last; r++) {
         const float *gates = call.gate + r * call.gate_stride, *ups = call.up + r * call.up_stride;
-        float* out = call.out + r * width;
+        float* out = call.out + r * call.out_stride;
         for (int64_t at = 0; at < whole; at += W) store(out + at, mul(activated(load(gates + at), call.kind), load(ups + at)));
         if (whole < width) {
             float padded[W] = {};

@@ -22,7 +22,7 @@ enum Activation : int32_t { SILU = 1, GELU_TANH = 2 };
 struct GateCall {
     const float *gate, *up;  // [rows, width]
     float* out;              // [rows, width]
-    int64_t rows, width, gate_stride, up_stride;
+    int64_t rows, width, gate_stride, up_stride, out_stride;
     int32_t kind;
 };
 

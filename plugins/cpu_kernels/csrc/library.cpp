@@ -195,7 +195,7 @@ EXPORT void core_kernels_rms_norm(const void* set, const float* x, const float* 
 // out[rows, width] = activation(gate) * up
 EXPORT void core_kernels_gate(const void* set, const float* gate, const float* up, float* out, int64_t rows, int64_t width,
                               int64_t gate_stride, int64_t up_stride, int32_t kind) {
-    run_rows<GateCall, &Elementwise::gate>(set, {gate, up, out, rows, width, gate_stride, up_stride, kind}, rows, width);
+    run_rows<GateCall, &Elementwise::gate>(set, {gate, up, out, rows, width, gate_stride, up_stride, width, kind}, rows, width);
 }
 
 // Turns x[tokens, heads, width] where it lies.

@@ -12,6 +12,7 @@ struct Product {
     float* memory = nullptr;  // `floats()` of them
     float* out = nullptr;     // [rows, outputs]
 
+    Product at(int64_t offset) const { return {ready, rows, memory + offset, out}; }
     int64_t outputs() const { return ready->plan.weight.out; }
     int64_t inputs() const { return ready->plan.weight.in; }
     const Tiled* tiled() const {

@@ -51,54 +51,38 @@ class StackBlocks : public StackLayers {
     }
 
     int64_t count() const { return 2 * count_layers() + 1; }
-    void start() { if (call.seconds) before_stage = now(); }
     bool out_of_memory() const { return failed.load(); }
 
     int64_t chunks(int64_t stage) const { return stage % 2 ? attended[size_t(stage / 2)].job->size() : blocks; }
 
-    void run(int64_t stage, int64_t chunk, int) {
-        if (stage % 2) return attend(stage / 2, chunk, chunks(stage));
+    void run(int64_t stage, int64_t chunk, int, int) {
+        Watch watch(*this);
+        if (stage % 2) return attend(stage / 2, chunk, chunks(stage)), watch.count(ATTENTION);
         const int64_t units = (call.tokens + BLOCK_UNIT - 1) / BLOCK_UNIT;
         const int64_t first = units * chunk / blocks * BLOCK_UNIT, last = std::min(call.tokens, units * (chunk + 1) / blocks * BLOCK_UNIT);
-        Block block(*this, first, last);
+        Block block(*this, watch, first, last);
         if (failed) return;
         if (stage > 0) block.after_attention(stage / 2 - 1);
         if (stage / 2 < count_layers()) block.before_attention(stage / 2);
         else block.finish();
-        if (!call.seconds) return;
-        linear_time.fetch_add(int64_t(1e9 * block.linear_time)), small_time.fetch_add(int64_t(1e9 * block.small_time));
-    }
-
-    // A stage of several parts took what its threads spent in each.
-    void finished(int64_t stage) {
-        if (!call.seconds) return;
-        const double at = now(), linear = double(linear_time.exchange(0)), all = linear + double(small_time.exchange(0));
-        const double share = all > 0 ? linear / all : 0;
-        if (stage % 2) call.seconds[ATTENTION] += at - before_stage;
-        else call.seconds[LINEARS] += (at - before_stage) * share, call.seconds[SMALL] += (at - before_stage) * (1 - share);
-        before_stage = at;
     }
 
   private:
     int64_t blocks = 1;
     float *wide = nullptr, *inner = nullptr;  // Q, K and V of a layer, and what its attention gives, of all tokens
-    double before_stage = 0;
-    std::atomic<int64_t> linear_time{0}, small_time{0};  // nanoseconds of all threads in this stage
     std::atomic<bool> failed{false};
     struct Sizes { int64_t products, wide, inner; } sizes{};  // floats of a block's buffers
 
     // Some rows on their way from one attention to the next, in memory of the thread that takes them.
     class Block {
       public:
-        double linear_time = 0, small_time = 0;  // seconds
-
-        Block(StackBlocks& run, int64_t first, int64_t last) : run(run), first(first), rows(last - first), hidden(run.call.hidden), x(run.call.x + first * hidden) {
+        Block(StackBlocks& run, Watch& watch, int64_t first, int64_t last)
+            : run(run), watch(watch), first(first), rows(last - first), hidden(run.call.hidden), x(run.call.x + first * hidden) {
             static thread_local Scratch scratch;
             const int64_t size = padded(rows * hidden);
             float* found = scratch.get(2 * size + run.sizes.wide + run.sizes.inner + run.sizes.products);
             if (!found) run.failed = true;
             made = found, normed = made + size, wide = normed + size, inner = wide + run.sizes.wide, memory = inner + run.sizes.inner;
-            if (run.call.seconds) at = now();
         }
 
         void before_attention(int64_t i) {
@@ -112,7 +96,7 @@ class StackBlocks : public StackLayers {
             }
             multiply_normed(products.qkv, added, layer.attention_norm, layer.attention_eps, products.output);
             run.heads(i, first, first + rows);
-            count(small_time);
+            watch.count(SMALL);
         }
 
         void after_attention(int64_t i) {
@@ -121,7 +105,7 @@ class StackBlocks : public StackLayers {
             products.output.place(memory, made, rows), products.gate_up.place(memory, wide, rows), products.down.place(memory, made, rows);
             multiply(products.output, run.inner + first * products.attended(), products.gate_up);
             multiply_normed(products.gate_up, made, layer.mlp_norm, layer.mlp_eps, products.down);
-            run.gate(i, wide, inner, rows, products.inner(), 0, rows);
+            run.gate(i, wide, inner, rows, products.inner(), 0, products.inner());
             multiply(products.down, inner, products.qkv);
             added = made;
         }
@@ -136,16 +120,16 @@ class StackBlocks : public StackLayers {
             } else if (added) {
                 run.add(x, added, 0, rows);
             }
-            count(small_time);
+            watch.count(SMALL);
         }
 
       private:
         StackBlocks& run;
+        Watch& watch;
         const int64_t first, rows, hidden;
         float* const x;
         const float* added = nullptr;  // what x still lacks
         float *memory = nullptr, *normed = nullptr, *made = nullptr, *wide = nullptr, *inner = nullptr;
-        double at = 0;
 
         void multiply_normed(const Products& products, const float* adds, const float* weight, float eps, const Products& next) {
             run.norm(x, adds, normed, weight, eps, 0, rows);
@@ -153,21 +137,15 @@ class StackBlocks : public StackLayers {
         }
 
         void multiply(const Products& products, const float* from, const Products& next) {
-            products.prepare(from, 0, rows);
-            count(small_time);
+            products.prepare(from, 0, rows, 0);
+            watch.count(SMALL);
             for (int64_t p = 0; p < products.count; p++) {
                 const Products& after = p + 1 < products.count ? products : next;
                 const int64_t part = p + 1 < products.count ? p + 1 : 0;
                 const Stretch codes = after.count ? codes_of(after.parts[part].ready->plan.weight, 0, after.parts[part].outputs()) : Stretch{};
                 products.parts[p].multiply(0, products.parts[p].outputs(), codes);
             }
-            count(linear_time);
-        }
-
-        void count(double& time) {
-            if (!run.call.seconds) return;
-            const double before = at;
-            at = now(), time += at - before;
+            watch.count(LINEARS);
         }
     };
 };

@@ -49,6 +49,18 @@ class StackLayers {
     StackLayers(const InstructionSet& set, const AttentionSet& attention, const StackLayer* layers, const StackCall& call, int threads)
         : set(set), attention(attention), layers(layers), call(call), threads(threads) {}
 
+    void start() { if (call.seconds) stage_start = now(); }
+
+    // A stage of several parts took what its threads spent in each.
+    void finished(int64_t) {
+        if (!call.seconds) return;
+        double all = 0, parts[STACK_PARTS];
+        for (int part = 0; part < STACK_PARTS; part++) all += parts[part] = double(spent[part].exchange(0));
+        const double before = stage_start;
+        stage_start = now();
+        for (int part = 0; part < STACK_PARTS; part++) call.seconds[part] += all > 0 ? (stage_start - before) * parts[part] / all : 0;
+    }
+
     bool blocks_exist() {
         return std::all_of(attended.begin(), attended.end(), [](const LayerAttention& one) {
             AttentionStep* step = const_cast<AttentionStep*>(one.call.step);
@@ -64,6 +76,21 @@ class StackLayers {
     const StackCall& call;
     const int threads;
     std::vector<LayerAttention> attended;  // by layer, from the call's first
+
+    // Counts what one thread does, if somebody wants to know.
+    class Watch {
+      public:
+        explicit Watch(StackLayers& run) : run(run), at(run.call.seconds ? now() : 0) {}
+        void count(StackPart part) {
+            if (!run.call.seconds) return;
+            const double before = at;
+            at = now(), run.spent[part].fetch_add(int64_t(1e9 * (at - before)));
+        }
+
+      private:
+        StackLayers& run;
+        double at;
+    };
 
     int64_t count_layers() const { return call.last - call.first; }
     const StackLayer& layer(int64_t i) const { return layers[call.first + i]; }
@@ -105,11 +132,12 @@ class StackLayers {
         set.elementwise.rms_norm({added ? added : x, added ? x : nullptr, added ? x : nullptr, weight, normed, last, call.hidden, eps}, first, last);
     }
 
-    // out = activation(gate) * up, with the outputs of a layer's gate_up products, `rows` of each.
-    void gate(int64_t i, float* wide, float* out, int64_t rows, int64_t inner, int64_t first, int64_t last) const {
+    // out = activation(gate) * up for columns [from, to), with the outputs of a layer's gate_up products, `rows` of each.
+    void gate(int64_t i, const float* wide, float* out, int64_t rows, int64_t inner, int64_t from, int64_t to) const {
         const bool both = !layer(i).up;
         const int64_t stride = both ? 2 * inner : inner;
-        set.elementwise.gate({wide, wide + (both ? inner : rows * inner), out, rows, inner, stride, stride, layer(i).activation}, first, last);
+        const float* up = wide + (both ? inner : rows * inner);
+        set.elementwise.gate({wide + from, up + from, out + from, rows, to - from, stride, stride, inner, layer(i).activation}, 0, rows);
     }
 
     void add(float* x, const float* added, int64_t first, int64_t last) const {
@@ -117,6 +145,8 @@ class StackLayers {
     }
 
   private:
+    double stage_start = 0;
+    std::atomic<int64_t> spent[STACK_PARTS] = {};  // nanoseconds of all threads in this stage
     struct Job { AttentionJob job; Scratch scratch; };
     std::vector<std::unique_ptr<Job>> jobs;  // by shape
 

@@ -51,16 +51,31 @@ struct Products {
         for (int64_t i = 0; i < count; i++) chunks += (parts[i].outputs() + chunk - 1) / chunk;
         if (chunk == outputs()) chunks = 1;
     }
-    void prepare(const float* x, int64_t first, int64_t last) const {
-        for (int64_t i = 0; i < count; i++) parts[i].prepare(x, first, last);
+    // `offset`: of the memory for x from where it was placed.
+    void prepare(const float* x, int64_t first, int64_t last, int64_t offset) const {
+        for (int64_t i = 0; i < count; i++) parts[i].at(offset).prepare(x, first, last);
     }
-    void multiply(int64_t at, Stretch after) const {
+    void multiply(int64_t at, Stretch after, int64_t offset) const {
         for (int64_t i = 0; i < count; i++) {
             const int64_t mine = (parts[i].outputs() + chunk - 1) / chunk;
-            if (chunks == 1) parts[i].multiply(0, parts[i].outputs(), after);
-            else if (at >= 0 && at < mine) parts[i].multiply(at * chunk, std::min((at + 1) * chunk, parts[i].outputs()), after);
+            const Product part = parts[i].at(offset);
+            if (chunks == 1) part.multiply(0, part.outputs(), after);
+            else if (at >= 0 && at < mine) part.multiply(at * chunk, std::min((at + 1) * chunk, part.outputs()), after);
             at -= mine;
         }
+    }
+    // Gates and what they are multiplied with, side by side in one product or in two: a chunk has some columns of both.
+    int64_t inner() const { return outputs() / 2; }
+    void cut_pairs(int threads) {
+        cut(threads);
+        chunk = chunks == 1 ? inner() : std::min<int64_t>(std::max<int64_t>(inner() / (int64_t(threads) * 8) / 32 * 32, 32), 1024);
+        chunks = (inner() + chunk - 1) / chunk;
+    }
+    void multiply_pair(int64_t at, Stretch after, int64_t offset) const {
+        const int64_t first = at * chunk, last = std::min(first + chunk, inner()), second = count == 1 ? inner() : 0;
+        const Product gate = parts[0].at(offset), up = parts[count - 1].at(offset);
+        gate.multiply(first, last, codes_of(up.ready->plan.weight, second + first, second + last));
+        up.multiply(second + first, second + last, after);
     }
     // What a chunk reads first.
     Stretch codes(int64_t at) const {

@@ -24,7 +24,8 @@ inline void breathe() {
 }
 
 // `Job` has  int64_t chunks(stage)            at least 1
-//            void run(stage, chunk, run)      chunks of a stage in any order, on any thread; `run` of `threads` is one of turns.h
+//            void run(stage, chunk, run, worker)   chunks of a stage in any order, on any of `threads` workers; `run` is one of
+//                                                  turns.h
 //            void finished(stage)             after its last chunk and before the next stage, stage after stage
 template <class Job> class Stages {
   public:
@@ -32,7 +33,7 @@ template <class Job> class Stages {
         : job(job), count(count), threads(threads), stride((size_t(threads) + 1 + 15) / 16 * 16), counters(new std::atomic<int32_t>[stride * size_t(count)]()) {}
 
     void run() {
-        advance(0);
+        advance(0, 0);
         if (open.load() < count) on_threads(threads, [](void* given) { static_cast<Stages*>(given)->work(); }, this);
     }
 
@@ -54,17 +55,17 @@ template <class Job> class Stages {
             std::atomic<int32_t>* done = &counters[stride * size_t(stage)];
             const Turns turns{done + 1, job.chunks(stage), threads};
             turns.take(worker, [&](int64_t chunk, int run) {
-                job.run(stage, chunk, run);
+                job.run(stage, chunk, run, worker);
                 if (done->fetch_add(1) + 1 < turns.chunks) return;
                 job.finished(stage);
-                advance(stage + 1);
+                advance(stage + 1, worker);
             });
         }
     }
 
-    void advance(int64_t stage) {
+    void advance(int64_t stage, int worker) {
         for (; stage < count && job.chunks(stage) == 1; stage++) {
-            job.run(stage, 0, 0);
+            job.run(stage, 0, 0, worker);
             job.finished(stage);
         }
         open.store(stage, std::memory_order_release);
