@@ -109,11 +109,13 @@ class DecoderKernel(Protocol):
         first: int,
         last: int,
         logits: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> None:
         """Add to x [tokens, hidden], in place, what layers [first, last) make of it, in `attention`'s planned step.
 
         cos and sin [tokens, ..., head_dim] turn Q and K in halves; all float32. `logits` [tokens, vocab] is filled with
-        what the head makes of every token then; None: nobody wants to know.
+        what the head makes of every token then; None: nobody wants to know. `rows` [n], int64, ascending: only these
+        rows of x are wanted, and others may lack what follows the last attention; None, as with `logits`: all are.
         Raises UnsupportedAttention, as `attention.attend` does.
         """
         ...

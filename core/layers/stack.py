@@ -40,15 +40,18 @@ class LayerStack:
         rotation: tuple[Tensor, Tensor],
         attention: AttentionBackend | None,
         logits: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> bool:
         """Add to x [tokens, hidden], in place, what the layers make of it; fill `logits`, if given, for every token.
+
+        `rows` [n], int64, ascending: nobody will look at other rows of x, which may be left unfinished; None: all.
 
         False, with nothing done, where they have to run one by one: they are looked at, x is not float32, or the
         attention backend is not the kernel's own.
         """
         if attention is None or x.dtype is not torch.float32 or not self.takes(attention):
             return False
-        self.kernel.run(x, *rotation, attention, 0, self.count, logits)
+        self.kernel.run(x, *rotation, attention, 0, self.count, logits, rows)
         return True
 
     def takes(self, attention: AttentionBackend | None) -> bool:

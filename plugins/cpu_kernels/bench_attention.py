@@ -79,7 +79,7 @@ def layer_ms(backend: AttentionBackend, spec: KVSpec, heads: int, step_of: tuple
     layers = max(1, min(30, WORKING_SET // size))
     backend.allocate([spec] * layers, [blocks] * layers, BLOCK)
     caches = backend.layers if isinstance(backend, CpuKernelAttention) else None
-    for memory in [one.cache for one in caches] if caches else [*backend.cache.keys, *backend.cache.values]:  # type: ignore[attr-defined]
+    for memory in [caches[0].cache] if caches else [*backend.cache.keys, *backend.cache.values]:  # type: ignore[attr-defined]
         memory.normal_()
     backend.plan(batch)
     q = torch.randn(batch.num_tokens, heads, spec.k_dim)

@@ -3,8 +3,8 @@
 // The cache of a layer is [blocks, kv_heads], and of each block for one head the keys, then the values:
 //   keys    [k_dim, block_size]   a vector of it holds one dimension of several keys
 //   values  [block_size, v_dim]   a vector of it holds several dimensions of one key
-// so that both products read it as it lies, and blocks that follow each other are one piece of memory. Behind it are
-// CACHE_TAIL elements, since vectors are read whole. Slots that hold nothing may hold anything, NaN too.
+// so that both products read it as it lies. Layers may share memory: of each block one has its part, then the next. Behind the
+// last are CACHE_TAIL elements, since vectors are read whole. Slots that hold nothing may hold anything, NaN too.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,9 @@ struct AttentionLayer {
     void* cache;
     const float* sinks;   // [heads], or null
     const float* slopes;  // [heads], or null
-    int64_t num_blocks, block_size, heads, kv_heads, k_dim, v_dim;
+    int64_t num_blocks, block_size;
+    int64_t block_stride;  // elements from a block to the next
+    int64_t heads, kv_heads, k_dim, v_dim;
     int64_t window, chunk;  // 0: none
     int64_t q_token, q_head, k_token, k_head, v_token, v_head;  // elements from one to the next
     float scaling, softcap;                                     // softcap 0: none
@@ -41,7 +43,7 @@ struct AttentionStep {
 
 // Where the keys and the values of a block lie for one head, in elements.
 inline int64_t keys_at(const AttentionLayer& layer, int64_t head, int64_t block) {
-    return (block * layer.kv_heads + head) * layer.block_size * (layer.k_dim + layer.v_dim);
+    return block * layer.block_stride + head * layer.block_size * (layer.k_dim + layer.v_dim);
 }
 inline int64_t values_at(const AttentionLayer& layer, int64_t head, int64_t block) {
     return keys_at(layer, head, block) + layer.block_size * layer.k_dim;

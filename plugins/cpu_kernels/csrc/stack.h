@@ -36,6 +36,8 @@ struct StackCall {
     const float* head_norm;        // weight
     float* logits;                 // [tokens, outputs of the head]
     float head_eps;
+    int64_t row_count;
+    const int64_t* rows;           // [row_count] of the tokens: after the last attention no others need to go on; null: all, as it has to be with a head
 };
 
 }  // namespace core_kernels

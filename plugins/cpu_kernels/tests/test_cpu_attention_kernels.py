@@ -66,6 +66,7 @@ class Step:
     heads: int = HEADS
     dtype: torch.dtype = torch.float32  # of q, k and v
     seed: int = 0
+    layer: int = 0
     tables: list = field(default_factory=list)
 
     def __post_init__(self):
@@ -116,7 +117,7 @@ class Step:
         backend.plan(self.batch(rows, ranges))
         parts = list(zip(rows, ranges, strict=True))
         q, k, v = (torch.cat([x[row][start:end] for row, (start, end) in parts]) for x in (self.q, self.k, self.v))
-        return backend.attend(q, k, v, 0, args)
+        return backend.attend(q, k, v, self.layer, args)
 
     def start(self, backend, args):
         """Poison the cache and run what came before this step."""
@@ -126,12 +127,18 @@ class Step:
         else:
             backend.cache.keys[0].fill_(torch.nan)
             backend.cache.values[0].fill_(torch.nan)
+        self.attend_before(backend, args)
+
+    def attend_before(self, backend, args):
         before = [(row, (0, context - new)) for row, (context, new) in enumerate(self.lens) if context > new]
         if before:
             self.attend(backend, args, [row for row, _ in before], [range_ for _, range_ in before])
 
     def run(self, backend, args):
         self.start(backend, args)
+        return self.attend_last(backend, args)
+
+    def attend_last(self, backend, args):
         return self.attend(backend, args, range(len(self.lens)), [(c - n, c) for c, n in self.lens])
 
     def check(self, backend, args):
@@ -143,6 +150,25 @@ class Step:
 def assert_near(found, wanted, bound=BOUND):
     error = (found.double() - wanted.double()).norm() / wanted.double().norm()
     assert error < bound, f"relative error {error:.2e}"  # a NaN is not less
+
+
+def test_layers_of_unlike_widths_keep_k_and_v_beside_each_other(backend):
+    specs = [
+        KVSpec("wide", 2, 16, 16, torch.float32),
+        KVSpec("odd", 1, 5, 7, torch.float32),
+        KVSpec("half", 3, 8, 8, torch.bfloat16),
+        KVSpec("last", 2, 8, 24, torch.float32),
+    ]
+    steps = [Step(MIXES["chunks beside decode"], spec, layer=layer, seed=3) for layer, spec in enumerate(specs)]
+    args = [AttentionArgs(spec.k_dim**-0.5) for spec in specs]
+    backend.allocate(specs, [steps[0].num_blocks] * len(specs), steps[0].block_size)
+    for layer in backend.layers:
+        layer.cache.fill_(torch.nan)
+    for step, one in zip(steps, args, strict=True):
+        step.attend_before(backend, one)
+    for step, one in zip(steps, args, strict=True):
+        wanted = replace(step, layer=0).run(TorchReferenceAttention(), one)
+        assert_near(step.attend_last(backend, one), wanted, BOUND)
 
 
 @pytest.mark.parametrize("mix", MIXES)

@@ -11,7 +11,7 @@ from core.batch import Batch
 from core.contracts import AttentionArgs, KVSpec
 from core.errors import CoreError, UnsupportedAttention
 from core.reach import Reach
-from core_cpu_kernels.attention_calls import HONOURS, TYPES, LayerCall, StepCall, make_step
+from core_cpu_kernels.attention_calls import HONOURS, TYPES, LayerCall, StepCall, cache_places, make_step
 from core_cpu_kernels.library import Library, wanted_instruction_set
 
 
@@ -33,7 +33,8 @@ class CpuKernelAttention:
                     f"Layer {spec.name} keeps K and V in {spec.dtype} on {spec.device}; attention backend "
                     f"{self.name!r} keeps float32, bfloat16 and float16 on the CPU."
                 )
-        self.layers = [LayerCall(spec, count, block_size) for spec, count in zip(specs, num_blocks, strict=True)]
+        places = cache_places(specs, num_blocks, block_size)
+        self.layers = [LayerCall(spec, place, block_size) for spec, place in zip(specs, places, strict=True)]
 
     def plan(self, batch: Batch) -> None:
         self._batch, self.num_tokens = batch, batch.num_tokens

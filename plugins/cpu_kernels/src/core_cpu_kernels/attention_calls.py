@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from core.errors import UnsupportedAttention
 
 TYPES = {torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}  # weight.h's FloatType
 CACHE_TAIL = 16  # elements that the library may read behind the last block
-PAGE = 4096  # bytes
+PAGE, LINE = 4096, 64  # bytes
 HONOURS = frozenset({"window", "chunk", "softcap", "sinks", "bias"})
 
 
@@ -25,7 +26,8 @@ class LayerStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("cache", "sinks", "slopes")),
-        *((name, ctypes.c_int64) for name in ("num_blocks", "block_size", "heads", "kv_heads", "k_dim", "v_dim")),
+        *((name, ctypes.c_int64) for name in ("num_blocks", "block_size", "block_stride")),
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "k_dim", "v_dim")),
         *((name, ctypes.c_int64) for name in ("window", "chunk")),
         *((name, ctypes.c_int64) for name in ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head")),
         *((name, ctypes.c_float) for name in ("scaling", "softcap")),
@@ -75,17 +77,46 @@ class LayerView:
     kept: tuple[Tensor | None, ...]  # what the structure points at
 
 
+@dataclass(frozen=True)
+class CachePlace:
+    """Where a layer's K and V lie; offset and stride count elements."""
+
+    memory: Tensor
+    num_blocks: int
+    offset: int  # of the first block
+    block_stride: int
+
+
+def cache_places(specs: Sequence[KVSpec], num_blocks: Sequence[int], block_size: int) -> list[CachePlace]:
+    """Allocate the K/V of all layers, those with as many blocks together: block after block, in each layer after layer.
+
+    So a text takes the memory of its blocks and at most one page more; in a cache of its own each layer would take that
+    page, and huge pages are as large as the K/V of hundreds of tokens.
+    """
+    groups: dict[tuple[int, torch.dtype], list[int]] = {}
+    for index, (spec, count) in enumerate(zip(specs, num_blocks, strict=True)):
+        groups.setdefault((count, spec.dtype), []).append(index)
+    found: dict[int, CachePlace] = {}
+    for (count, dtype), members in groups.items():
+        unit = LINE // dtype.itemsize
+        sizes = [block_size * specs[i].num_kv_heads * (specs[i].k_dim + specs[i].v_dim) for i in members]
+        ends = list(accumulate(-(-size // unit) * unit for size in sizes))
+        memory = _aligned_zeros(count * ends[-1] + CACHE_TAIL, dtype)
+        for index, offset in zip(members, [0, *ends], strict=False):
+            found[index] = CachePlace(memory, count, offset, ends[-1])
+    return [found[index] for index in range(len(specs))]
+
+
 class LayerCall:
     """One layer: its part of the cache, and what is known of its calls, so that a like one is checked at a glance."""
 
-    def __init__(self, spec: KVSpec, num_blocks: int, block_size: int) -> None:
-        self.spec = spec
-        numbers = num_blocks * block_size * spec.num_kv_heads * (spec.k_dim + spec.v_dim)
-        self.cache = _aligned_zeros(numbers + CACHE_TAIL, spec.dtype)
+    def __init__(self, spec: KVSpec, place: CachePlace, block_size: int) -> None:
+        self.spec, self.cache = spec, place.memory
         self.struct = LayerStruct(
-            cache=self.cache.data_ptr(),
-            num_blocks=num_blocks,
+            cache=place.memory.data_ptr() + place.offset * spec.dtype.itemsize,
+            num_blocks=place.num_blocks,
             block_size=block_size,
+            block_stride=place.block_stride,
             kv_heads=spec.num_kv_heads,
             k_dim=spec.k_dim,
             v_dim=spec.v_dim,

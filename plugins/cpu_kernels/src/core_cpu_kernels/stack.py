@@ -44,6 +44,8 @@ class StackCall(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("tokens", "hidden", "angle_stride", "first", "last")),
         *((name, ctypes.c_void_p) for name in ("head", "head_norm", "logits")),
         ("head_eps", ctypes.c_float),
+        ("row_count", ctypes.c_int64),
+        ("rows", ctypes.c_void_p),
     ]
 
 
@@ -135,6 +137,7 @@ class DecoderKernel:
         first: int,
         last: int,
         logits: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> None:
         assert isinstance(attention, CpuKernelAttention)
         bound = self._bound
@@ -149,8 +152,10 @@ class DecoderKernel:
         call.head = None
         if logits is not None:
             call.head, call.logits = self._head_for(logits, len(x)), logits.data_ptr()
+        wanted = None if rows is None else rows.contiguous()
+        call.rows, call.row_count = (None, 0) if wanted is None else (wanted.data_ptr(), len(wanted))
         failure = self._run(attention.set, self._at, self._call_at)
-        del addresses
+        del addresses, wanted
         if failure:
             raise attention_error(failure, bound.views[first].spec)
 

@@ -127,7 +127,7 @@ class LlamaModel(nn.Module):
         if self.stack is not None:
             whole = everything and self.stack.kernel.has_head
             filled = x.new_empty(len(x), self.vocab_size) if whole else None
-            if self.stack.run(x, rotation, batch.attention, filled):
+            if self.stack.run(x, rotation, batch.attention, filled, None if everything else batch.logit_rows):
                 return self._logits(x, batch, everything) if filled is None else filled
         for layer in self.layers:
             x = layer(x, rotation, batch)
