@@ -13,6 +13,7 @@ from core.bench.numbers import Line, fit
 from core.bench.subject import Subject, opened
 from core.bench.throughput import Load, Progress, measure_throughput
 from core.config import EngineConfig
+from core.engine_build import offline
 from core.plugins import PluginHost
 from core.testing_checkpoints import tiny_checkpoint
 
@@ -91,7 +92,7 @@ def measure_scaling(
         progress(f"making a model of {shape.parameters / 1e6:.0f} M weights")
         with _checkpoint(shape, load.input_len + load.output_len) as folder:
             served = replace(config, model=str(folder), skip_tokenizer_init=True)
-            with opened(served, host, max(load.concurrency)) as bench:
+            with opened(offline(served), host, max(load.concurrency)) as bench:
                 report = measure_throughput(bench, load, False, progress)
         rows += [
             Size(

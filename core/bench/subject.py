@@ -15,7 +15,7 @@ from core.bench.costs import ModelCosts, model_costs
 from core.bench.prompts import Prompts
 from core.config import EngineConfig
 from core.engine import Engine
-from core.engine_build import build_engine, offline, sized
+from core.engine_build import build_engine, sized
 from core.errors import ConfigError
 from core.plugins import PluginHost
 
@@ -55,7 +55,7 @@ class Bench:
 def opened(config: EngineConfig, host: PluginHost, most_requests: int, text: Path | None = None) -> Iterator[Bench]:
     """Build an engine for up to `most_requests` at a time, measure the machine, close the engine at the end."""
     load = _load_average()
-    config = offline(replace(config, max_num_seqs=max(sized(config).max_num_seqs, most_requests)))
+    config = replace(config, max_num_seqs=max(sized(config).max_num_seqs, most_requests))
     engine = build_engine(config, host)
     try:
         vocab = engine.info.vocab_size

@@ -98,8 +98,9 @@ def throughput(
     _check_plot(plot)
     from core.bench.subject import opened
     from core.bench.throughput import Load, measure_throughput
+    from core.engine_build import offline
 
-    with opened(config, host, max(concurrency), text) as opened_bench:
+    with opened(offline(config), host, max(concurrency), text) as opened_bench:
         load = Load(concurrency, input_len, output_len, rounds)
         report = measure_throughput(opened_bench, load, profile, _say)
     _show(report, json_file, plot)
@@ -131,8 +132,9 @@ def latency(
     _check_plot(plot)
     from core.bench.latency import Sweep, measure_latency
     from core.bench.subject import opened
+    from core.engine_build import offline
 
-    with opened(config, host, max(batches), text) as opened_bench:
+    with opened(offline(config), host, max(batches), text) as opened_bench:
         report = measure_latency(opened_bench, Sweep(contexts, batches, steps), profile, _say)
     _show(report, json_file, plot)
 

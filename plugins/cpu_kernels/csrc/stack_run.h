@@ -74,8 +74,7 @@ class StackRun : public StackLayers {
         const int64_t of = chunks(stage), i = stage / OPERATIONS;
         if (const Products* found = products_of(stage)) {
             Worker& mine = workers[own ? size_t(worker) : 0];
-            if (own && mine.stage != stage) before(stage, mine, 0, call.tokens), mine.stage = stage, watch.count(SMALL);
-            if (own && chunk == 0 && adds(stage)) std::copy(mine.summed, mine.summed + call.tokens * call.hidden, x_after(stage));
+            if (own) prepare_own(stage, chunk, mine), watch.count(SMALL);
             multiply(*found, stage, chunk, turn, memory_of(mine), watch);
         } else if (stage < layer_stages() && stage % OPERATIONS == HEADS) {
             heads(i, call.tokens * chunk / of, call.tokens * (chunk + 1) / of);
@@ -85,7 +84,7 @@ class StackRun : public StackLayers {
         } else if (stage == layer_stages() && !head.count) {
             sum(row(chunk, of), row(chunk + 1, of));
         } else if (!own) {
-            before(stage + 1, workers[0], row(chunk, of), row(chunk + 1, of));
+            before(stage + 1, workers[0], call.x, row(chunk, of), row(chunk + 1, of));
         }
         watch.count(SMALL);
     }
@@ -145,8 +144,8 @@ class StackRun : public StackLayers {
 
     // ------------------------------------------------------------------------------------------ x
     //
-    // Where every worker adds up x for itself, the one that has the first chunk also writes the sum where the next addition
-    // finds it, and nobody reads at the time: x and `other_x` take turns.
+    // Where every worker adds up x for itself, the one that has the first chunk writes the sum to where the next addition finds
+    // it, and nobody reads at the time: x and `other_x` take turns.
 
     // Whether what the operation before the product made is added to x first.
     bool adds(int64_t stage) const { return stage > layer_stages() || (stage > QKV && (stage % OPERATIONS == QKV || stage % OPERATIONS == GATE_UP)); }
@@ -154,20 +153,28 @@ class StackRun : public StackLayers {
     float* x_before(int64_t stage) const { return !own || is_mlp(stage) || stage <= QKV ? call.x : other_x; }
     float* x_after(int64_t stage) const { return is_mlp(stage) ? other_x : call.x; }
 
-    // Brings rows of x into the order of the product of a stage, normalized where it takes a norm of x.
-    void before(int64_t stage, const Worker& worker, int64_t first, int64_t last) const {
+    void prepare_own(int64_t stage, int64_t chunk, Worker& worker) const {
+        float* to = chunk == 0 ? x_after(stage) : worker.summed;
+        if (worker.stage != stage) before(stage, worker, to, 0, call.tokens);
+        else if (chunk == 0 && adds(stage)) std::copy(worker.summed, worker.summed + call.tokens * call.hidden, to);
+        worker.stage = stage;
+    }
+
+    // Brings rows of x into the order of the product of a stage, normalized where it takes a norm of x, and x with what is
+    // added to it first to `summed`.
+    void before(int64_t stage, const Worker& worker, float* summed, int64_t first, int64_t last) const {
         const float* from = worker.normed;
         const StackLayer& one = layer(std::min(stage / OPERATIONS, count_layers() - 1));
-        if (stage > layer_stages()) norm(stage, worker, call.head_norm, call.head_eps, first, last);
-        else if (stage % OPERATIONS == QKV) norm(stage, worker, one.attention_norm, one.attention_eps, first, last);
-        else if (stage % OPERATIONS == GATE_UP) norm(stage, worker, one.mlp_norm, one.mlp_eps, first, last);
+        if (stage > layer_stages()) norm(stage, worker, summed, call.head_norm, call.head_eps, first, last);
+        else if (stage % OPERATIONS == QKV) norm(stage, worker, summed, one.attention_norm, one.attention_eps, first, last);
+        else if (stage % OPERATIONS == GATE_UP) norm(stage, worker, summed, one.mlp_norm, one.mlp_eps, first, last);
         else from = stage % OPERATIONS == OUTPUT ? attended_out : inner;
         products_of(stage)->prepare(from, first, last, memory_of(worker));
     }
 
-    void norm(int64_t stage, const Worker& worker, const float* weight, float eps, int64_t first, int64_t last) const {
+    void norm(int64_t stage, const Worker& worker, float* summed, const float* weight, float eps, int64_t first, int64_t last) const {
         float* x = x_before(stage);
-        if (adds(stage)) set.elementwise.rms_norm({made, x, own ? worker.summed : x, weight, worker.normed, call.tokens, call.hidden, eps}, first, last);
+        if (adds(stage)) set.elementwise.rms_norm({made, x, summed, weight, worker.normed, call.tokens, call.hidden, eps}, first, last);
         else set.elementwise.rms_norm({x, nullptr, nullptr, weight, worker.normed, call.tokens, call.hidden, eps}, first, last);
     }
 
