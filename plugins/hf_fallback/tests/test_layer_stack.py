@@ -116,6 +116,25 @@ def test_a_step_that_only_decodes_has_its_logits_from_the_layers_call(llama):
     assert head.is_used and multiplied == [1]  # the prompt's last token
 
 
+def test_a_long_prompt_goes_on_with_the_wanted_rows_once_the_head_was_seen_to_take_no_others(tmp_path, monkeypatch):
+    folder, rows, run = tiny_checkpoint("llama", tmp_path), [], LayerStack.run
+
+    def noted(stack, x, rotation, attention, logits, wanted):
+        if len(x) == 200:
+            rows.append(None if wanted is None else wanted.tolist())
+        return run(stack, x, rotation, attention, logits, wanted)
+
+    monkeypatch.setattr(LayerStack, "run", noted)
+    options = {"skip_tokenizer_init": True, "model_impl": "transformers", "enable_prefix_caching": False}
+    prompt, params = [5 + i % 90 for i in range(200)], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    with LLM(model=str(folder), **options) as llm:
+        head_of(llm).was_used = False
+        found = [llm.generate(prompt, params)[0].outputs[0].token_ids for _ in range(2)]
+    assert rows == [None, [199]]
+    with LLM(model=str(folder), disable_patches=("layer-stack",), **options) as llm:
+        assert found == [llm.generate(prompt, params)[0].outputs[0].token_ids] * 2
+
+
 def test_a_head_that_is_given_something_else_multiplies_it(llama):
     answers(llama)
     head = head_of(llama)

@@ -165,7 +165,8 @@ class Shared:
         x = hidden_states[0].clone()  # the model may still want what it handed over
         cos, sin = (angle[0].contiguous() for angle in angles)
         logits = None if self.head is None else self.head.logits_for(x, len(batch.logit_rows))
-        if not self.stack.run(x, (cos, sin), batch.attention, logits):
+        rows = batch.logit_rows if self.head is not None and self.head.was_used and logits is None else None
+        if not self.stack.run(x, (cos, sin), batch.attention, logits, rows):
             return None
         self.angles, out = angles, x.unsqueeze(0)
         if self.head is not None:

@@ -33,6 +33,7 @@ class StackHead:
         self.norm, self.head, self.parts, self.vocab = norm, head, parts, vocab
         self.ahead: Ahead | None = None
         self.is_used = True  # False: the module's head was given something else
+        self.was_used = False  # the module's head was given just this: nobody else looks at the stack's output
 
     def logits_for(self, x: Tensor, wanted: int) -> Tensor | None:
         """Return where the logits of x [tokens, hidden] are to stand; None if they are not worth it."""
@@ -65,8 +66,9 @@ class StackHead:
             if ahead is None:
                 return plain(x)
             if ahead.normed is not None and torch.equal(x, ahead.normed):
+                self.was_used = True
                 return ahead.logits.view(*x.shape[:-1], -1)
-            self.is_used = False
+            self.is_used = self.was_used = False
             return plain(x)
 
         return head
