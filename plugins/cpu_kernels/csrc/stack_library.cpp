@@ -9,7 +9,7 @@ using namespace core_kernels;
 
 namespace {
 
-constexpr int64_t KEPT_FLOATS = 1 << 22;  // between runs; what a long prompt needs beyond it is given back
+constexpr int64_t KEPT_FLOATS = 1 << 22;  // between runs; what more than OWN_ROWS rows need beyond it is given back
 enum Failure : int32_t { NO_MEMORY = 1, NO_SUCH_BLOCK = 2 };
 
 template <class Run> int32_t run_stack(Run& run, Scratch& scratch, int threads) {
@@ -37,7 +37,7 @@ EXPORT int32_t core_kernels_stack(const void* set, const void* attention, const 
     const int threads = thread_count();
     const bool in_blocks = StackBlocks::fits(layers, *call, threads);
     const int32_t failure = in_blocks ? run_as<StackBlocks>(set, attention, layers, *call, kept, threads) : run_as<StackRun>(set, attention, layers, *call, kept, threads);
-    if (kept.floats > KEPT_FLOATS) kept.give_back();
+    if (kept.floats > KEPT_FLOATS && call->tokens > OWN_ROWS) kept.give_back();
     return failure;
 } catch (const std::bad_alloc&) {
     return NO_MEMORY;
