@@ -10,6 +10,7 @@ from typing import Any
 from core.config import EngineConfig
 from core.contracts import Tokenizer
 from core.errors import CheckpointError, ConfigError, InvalidParameter
+from core.json_files import read_json
 from core.spec import ModelSpec
 
 # Arguments of apply_chat_template that a conversation may set; its others are the host's.
@@ -109,7 +110,9 @@ def _open(path: Path, trust_remote_code: bool) -> Any:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder with tokenizer files. {_advice()}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path), trust_remote_code=trust_remote_code, local_files_only=True, config=_plain_config(path)
+        )
     except Exception as error:  # OSError, ValueError, ImportError, and bare Exception from the Rust side
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         trust = "If you trust its Python files, start with --trust-remote-code. " if "custom code" in str(error) else ""
@@ -120,6 +123,27 @@ def _open(path: Path, trust_remote_code: bool) -> Any:
     ):  # transformers then makes an empty one
         raise CheckpointError(f"{path} has no tokenizer files ({', '.join(sorted(files))}). {_advice()}")
     return tokenizer
+
+
+def _plain_config(path: Path) -> Any:
+    """Return a model's config as a plain one where it only helps to choose the tokenizer; None: transformers' own.
+
+    The class of the model type brings much of transformers and torch's compiler with it: over a second and 150 MB.
+    Where the tokenizer's files name its class, nothing is asked of the config but what its file says.
+    """
+    try:
+        tokenizer, model = (read_json(path / name) for name in ("tokenizer_config.json", "config.json"))
+    except CheckpointError:
+        return None
+    named = isinstance(tokenizer.get("tokenizer_class"), str)
+    if not named or "auto_map" in tokenizer or "auto_map" in model or not isinstance(model.get("model_type"), str):
+        return None
+    from transformers import PreTrainedConfig
+
+    try:
+        return PreTrainedConfig.from_pretrained(str(path), local_files_only=True)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError):  # only its own class can read it
+        return None
 
 
 def _advice() -> str:

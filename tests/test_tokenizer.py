@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from core.config import EngineConfig
 from core.detokenizer import Detokenizer
@@ -241,3 +244,34 @@ def test_remote_code_is_not_run_unless_it_is_trusted(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil"}))
     with pytest.raises(CheckpointError, match="--trust-remote-code"):
         load_hf_tokenizer(spec(tmp_path), EngineConfig())
+
+
+@pytest.mark.parametrize("named", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "GPT2Tokenizer", "Qwen2Tokenizer"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mistral", "qwen2", "gemma3_text", "deepseek_v3", "bert"])
+def test_a_tokenizer_is_the_one_that_transformers_chooses_by_the_models_own_config(folder, tmp_path, model_type, named):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "vocab_size": 300}))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"tokenizer_class": named}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    wanted = AutoTokenizer.from_pretrained(tmp_path)
+    found = load_hf_tokenizer(spec(tmp_path), EngineConfig())._tokenizer
+    assert type(found) is type(wanted)
+    for text in ("Hello world, how are you?", " naïve  café\n</s>"):
+        assert found.encode(text) == wanted.encode(text)
+
+
+def test_opening_a_tokenizer_that_is_named_does_not_import_torchs_compiler(folder, tmp_path):
+    """It takes over a second and 150 MB, for nothing but the class of the model's config."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    code = f"""
+import sys
+from pathlib import Path
+from core.config import EngineConfig
+from core.spec import ModelSpec
+from core.tokenizer import load_hf_tokenizer
+load_hf_tokenizer(ModelSpec(Path({str(tmp_path)!r}), "hf", {{"model_type": "llama"}}, {{}}), EngineConfig())
+print([name for name in ("torch._dynamo", "triton", "sympy") if name in sys.modules])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
