@@ -141,7 +141,7 @@ def _plain_config(path: Path) -> Any:
     from transformers import PreTrainedConfig
 
     try:
-        return PreTrainedConfig.from_pretrained(str(path), local_files_only=True)
+        return PreTrainedConfig.from_dict(model | {"_name_or_path": str(path)})
     except (ValueError, TypeError, KeyError, AttributeError, OSError):  # only its own class can read it
         return None
 
