@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.errors import CheckpointError
-from core.layers.huge_pages import HugePages
-from core.layers.quant_formats import HalfTensor
+from core.layers.huge_pages import LEAST, HugePages
+from core.layers.quant_formats import HalfTensor, as_halves
 from core.layers.quantized import QuantizedLinear, QuantizedTensor
 from core.memory import trim
 
@@ -292,11 +292,26 @@ def pack_linears(
                 continue
             if id(child) not in packed:
                 if kernels is not None:
+                    if id(child.weight) not in shared and getattr(kernels, "takes_float32", False):
+                        _halve(child)
                     _place(child, kernels, pages)
                 packed[id(child)] = _shared(child, kernels) if id(child.weight) in shared else pack(child, kernels)
             if packed[id(child)] is not child:
                 setattr(parent, name, packed[id(child)])
     return sum(isinstance(layer, _PACKED) for layer in packed.values())
+
+
+def _halve(layer: nn.Module) -> None:
+    """Keep a float32 weight in two bytes where these are the very same numbers: half of it is read for every token."""
+    weight = layer.weight
+    if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter) or not can_pack(weight):
+        return
+    if weight.dim() != 2 or weight.nbytes < LEAST:
+        return
+    halves = as_halves(weight.detach())
+    if halves is not None:
+        kept = HalfTensor({"values": halves}, weight.shape[-1], weight.dtype)
+        layer.weight = nn.Parameter(kept, requires_grad=False)
 
 
 def _place(layer: nn.Module, kernels: Kernels, pages: HugePages) -> None:

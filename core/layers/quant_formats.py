@@ -12,6 +12,8 @@ from torch import Tensor
 
 from core.layers.quantized import QuantizedTensor
 
+ROWS = 256  # that are looked at together
+
 
 class AffineTensor(QuantizedTensor):
     """weight = (code - zero) * scale, or code * scale + offset.
@@ -65,6 +67,24 @@ class HalfTensor(QuantizedTensor):
 
     def decode(self) -> Tensor:
         return self.parts["values"].float()
+
+
+def as_halves(weight: Tensor) -> Tensor | None:
+    """Return a float32 matrix [out, in] in bfloat16 or float16, if one of them has each of its numbers; else None.
+
+    Checkpoints are mostly of two bytes, and what a CPU computes with in float32 is such a one, widened.
+    """
+    for dtype in (torch.bfloat16, torch.float16):
+        made = torch.empty(weight.shape, dtype=dtype)
+        if all(_narrowed(weight[at : at + ROWS], made[at : at + ROWS]) for at in range(0, len(weight), ROWS)):
+            return made
+    return None
+
+
+def _narrowed(numbers: Tensor, to: Tensor) -> bool:
+    """Fill `to` with the numbers; True if they are the same."""
+    to.copy_(numbers)
+    return torch.equal(to.float(), numbers)
 
 
 class Float8Tensor(QuantizedTensor):

@@ -25,8 +25,14 @@ template <class Format> const Packing* packing() {
     return &found;
 }
 
-template <> const Packing* packing<Floats>() {
-    static const Packing found = {setup<Floats>, prepare<Floats>, multiply_floats, sum_floats<Floats>};
+// Of many rows of x, panels take halves better than tiles; lanes.h takes them better still.
+template <bool BRAIN> void multiply_halves(const Plan& plan, const Call& call, int64_t first, int64_t last) {
+    if (call.rows < PANEL_ROWS) multiply_floats<Halves<BRAIN>>(plan, call, first, last);
+    else panels<Halves<BRAIN>>(plan, call, first, last);
+}
+
+template <class Format, void (*MULTIPLY)(const Plan&, const Call&, int64_t, int64_t)> const Packing* floats_packing() {
+    static const Packing found = {setup<Format>, prepare<Format>, MULTIPLY, sum_floats<Format>};
     return &found;
 }
 
@@ -35,9 +41,9 @@ inline const Packing* find(int32_t packing_id) {
         case AFFINE4: return packing<Words<4, false>>();
         case AFFINE8: return packing<Words<8, false>>();
         case TABLE4: return packing<Words<4, true>>();
-        case HALF: return packing<Halves<false>>();
-        case FLOATS: return packing<Floats>();
-        case BRAIN_HALF: return packing<Halves<true>>();
+        case HALF: return floats_packing<Halves<false>, multiply_halves<false>>();
+        case FLOATS: return floats_packing<Floats, multiply_floats<Floats>>();
+        case BRAIN_HALF: return floats_packing<Halves<true>, multiply_halves<true>>();
         case Q4_0: return packing<Nibbles<2, false>>();
         case Q4_1: return packing<Nibbles<4, false>>();
         case IQ4_NL: return packing<Nibbles<2, true>>();

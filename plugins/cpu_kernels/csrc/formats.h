@@ -154,6 +154,13 @@ template <bool BRAIN> struct Halves {
     static constexpr int column(int i, int lane) { return i * W + lane; }
     static constexpr int part(int) { return 0; }
 
+    static constexpr int BYTES = 2;
+    static INLINE VF get_first(const uint8_t* row, int64_t at, int count) {
+        const uint16_t* from = reinterpret_cast<const uint16_t*>(row) + at;
+        return BRAIN ? load_brain_halves(from, count) : load_halves(from, count);
+    }
+    static INLINE VF get(const uint8_t* row, int64_t at) { return get_first(row, at, W); }
+
     int64_t row_floats() const { return 0; }
     Row row(int64_t n, float*) const { return {reinterpret_cast<const uint16_t*>(weight.codes + n * weight.row_bytes)}; }
 
@@ -172,6 +179,10 @@ struct Floats {
     static constexpr int VECTORS = 4, PARTS = 1, SEGMENT = W * VECTORS;
     static constexpr bool SCALED = false, OFFSET = false;
     static constexpr bool IN_PLACE = false;
+
+    static constexpr int BYTES = 4;
+    static INLINE VF get_first(const uint8_t* row, int64_t at, int count) { return load_first(reinterpret_cast<const float*>(row) + at, count); }
+    static INLINE VF get(const uint8_t* row, int64_t at) { return load(reinterpret_cast<const float*>(row) + at); }
 
     static bool setup(Plan& plan) { return plan.weight.row_bytes % 4 == 0; }
     static constexpr int column(int i, int lane) { return i * W + lane; }

@@ -260,7 +260,8 @@ template <class Format> void many_rows(const Plan& plan, const Call& call, int64
 
 // -------------------------------------------------------------------------------------------------- floats
 //
-// Floats are multiplied as they lie. Memory is read fastest in one stream, so whoever brings weights from memory asks for them
+// Floats of four and of two bytes are multiplied as they lie; a `Format` has  BYTES  of a number,  get(row, at)  the W numbers
+// from a column on, and  get_first(row, at, count)  fewer, then zeros. Memory is read fastest in one stream, so whoever brings weights from memory asks for them
 // in the order in which they lie, a piece ahead of where it computes.
 
 // Lines of memory that the second cache asks for, a few at a time, while something else is computed.
@@ -274,21 +275,21 @@ struct Ahead : Stretch {
     }
 };
 
-// One row of the weight with ROWS rows of x; several sums each, so that none waits for the one before.
-template <int ROWS> INLINE void straight_row(const float* weights, const float* x, int64_t x_stride, int64_t in, int64_t ahead, VF* total) {
+// One row of the weight with ROWS rows of x; several sums each, so that none waits for the one before. `ahead` is in bytes.
+template <class Format, int ROWS> INLINE void straight_row(const uint8_t* row, const float* x, int64_t x_stride, int64_t in, int64_t ahead, VF* total) {
     constexpr int PARTS = ROWS > 2 ? 2 : 4;
     VF part[ROWS][PARTS];
     unrolled<ROWS * PARTS>([&](auto i) { part[i / PARTS][i % PARTS] = zero(); });
     int64_t at = 0;
     for (; at + PARTS * W <= in; at += PARTS * W) {
         unrolled<PARTS>([&](auto p) {
-            if constexpr (ROWS > 2 && p * W % 16 == 0) __builtin_prefetch(weights + ahead + at + p * W, 0, 2);
-            const VF held = load(weights + at + p * W);
+            if constexpr (ROWS > 2 && p * W * Format::BYTES % 64 == 0) __builtin_prefetch(row + ahead + (at + p * W) * Format::BYTES, 0, 2);
+            const VF held = Format::get(row, at + p * W);
             unrolled<ROWS>([&](auto m) { part[m][p] = fma(held, load(x + m * x_stride + at + p * W), part[m][p]); });
         });
     }
     for (; at < in; at += W) {
-        const VF held = load_first(weights + at, int(in - at));
+        const VF held = Format::get_first(row, at, int(in - at));
         unrolled<ROWS>([&](auto m) { part[m][0] = fma(held, load(x + m * x_stride + at), part[m][0]); });
     }
     unrolled<ROWS>([&](auto m) {
@@ -299,80 +300,79 @@ template <int ROWS> INLINE void straight_row(const float* weights, const float* 
 
 // A row of the weight after the other, with all ROWS rows of x. One or two rows wait for memory alone, which is read fastest
 // when nobody asks for more than the processor itself does.
-template <int ROWS> void straight(const Plan& plan, const Call& call, int64_t first, int64_t last) {
-    const int64_t in = plan.weight.in, stride = plan.weight.row_bytes / 4;
-    const float* at = reinterpret_cast<const float*>(plan.weight.codes) + first * stride;
+template <class Format, int ROWS> void straight(const Plan& plan, const Call& call, int64_t first, int64_t last) {
+    const int64_t in = plan.weight.in, stride = plan.weight.row_bytes;
+    const uint8_t* at = plan.weight.codes + first * stride;
     VF total[COLUMNS][ROWS];
     unrolled<COLUMNS * ROWS>([&](auto i) { total[i / ROWS][i % ROWS] = zero(); });
     for (int64_t n = first; n < last; n += COLUMNS) {
         const int64_t count = std::min<int64_t>(COLUMNS, last - n);
         for (int64_t c = 0; c < count; c++, at += stride)
-            straight_row<ROWS>(at, call.x, plan.x_stride, in, COLUMNS * stride, total[c]);
+            straight_row<Format, ROWS>(at, call.x, plan.x_stride, in, COLUMNS * stride, total[c]);
         unrolled<ROWS>([&](auto m) {
             write(plan, call.out + m * plan.weight.out, n, last, sums(total[0][m], total[1][m], total[2][m], total[3][m]), true);
         });
     }
 }
 
-template <int ROWS> void straight_of(const Plan& plan, const Call& call, int64_t first, int64_t last) {
-    if (call.rows == ROWS) return straight<ROWS>(plan, call, first, last);
-    if constexpr (ROWS > 1) straight_of<ROWS - 1>(plan, call, first, last);
+template <class Format, int ROWS> void straight_of(const Plan& plan, const Call& call, int64_t first, int64_t last) {
+    if (call.rows == ROWS) return straight<Format, ROWS>(plan, call, first, last);
+    if constexpr (ROWS > 1) straight_of<Format, ROWS - 1>(plan, call, first, last);
 }
 
-// ROWS x COUNT sums over a row's whole vectors and what is left of it.
-template <int ROWS, int COUNT, int ASK> INLINE void float_sums(const float* weights, int64_t stride, const float* x, int64_t x_stride, int64_t in, Ahead& ahead, VF (*total)[COLUMNS]) {
-    const int64_t steps = in / W;
-    for (int64_t step = 0; step < steps; step++) {
+// ROWS x COUNT sums over columns [from, to): whole vectors and what is left.
+template <class Format, int ROWS, int COUNT, int ASK>
+INLINE void float_sums(const uint8_t* row, int64_t stride, const float* x, int64_t x_stride, int64_t from, int64_t to, Ahead& ahead, VF (*total)[COLUMNS]) {
+    int64_t at = from;
+    for (; at + W <= to; at += W) {
         ahead.ask<ASK>();
         if constexpr (ROWS > COUNT) {  // hold what is fewer in registers
             VF held[COUNT];
-            unrolled<COUNT>([&](auto c) { held[c] = load(weights + c * stride + step * W); });
+            unrolled<COUNT>([&](auto c) { held[c] = Format::get(row + c * stride, at); });
             unrolled<ROWS>([&](auto m) {
-                const VF one = load(x + m * x_stride + step * W);
+                const VF one = load(x + m * x_stride + at);
                 unrolled<COUNT>([&](auto c) { total[m][c] = fma(held[c], one, total[m][c]); });
             });
         } else {
             VF held[ROWS];
-            unrolled<ROWS>([&](auto m) { held[m] = load(x + m * x_stride + step * W); });
+            unrolled<ROWS>([&](auto m) { held[m] = load(x + m * x_stride + at); });
             unrolled<COUNT>([&](auto c) {
-                const VF one = load(weights + c * stride + step * W);
+                const VF one = Format::get(row + c * stride, at);
                 unrolled<ROWS>([&](auto m) { total[m][c] = fma(held[m], one, total[m][c]); });
             });
         }
     }
-    if (const int left = int(in - steps * W)) {
+    if (const int left = int(to - at)) {
         VF held[COUNT];
-        unrolled<COUNT>([&](auto c) { held[c] = load_first(weights + c * stride + steps * W, left); });
+        unrolled<COUNT>([&](auto c) { held[c] = Format::get_first(row + c * stride, at, left); });
         unrolled<ROWS>([&](auto m) {
-            const VF one = load(x + m * x_stride + steps * W);  // prepared: zeros follow
+            const VF one = load(x + m * x_stride + at);  // prepared: zeros follow
             unrolled<COUNT>([&](auto c) { total[m][c] = fma(held[c], one, total[m][c]); });
         });
     }
 }
 
 // COUNT rows of the weight from n on, columns [from, to).
-template <int ROWS, int COUNT, int ASK> void float_tile(const Plan& plan, const float* x, int64_t from, int64_t to, float* out, int64_t n, Ahead& ahead) {
-    const int64_t stride = plan.weight.row_bytes / 4;
-    const float* at = reinterpret_cast<const float*>(plan.weight.codes) + n * stride + from;
+template <class Format, int ROWS, int COUNT, int ASK> void float_tile(const Plan& plan, const float* x, int64_t from, int64_t to, float* out, int64_t n, Ahead& ahead) {
     VF total[ROWS][COLUMNS];
     unrolled<ROWS * COLUMNS>([&](auto i) { total[i / COLUMNS][i % COLUMNS] = zero(); });
-    float_sums<ROWS, COUNT, ASK>(at, stride, x, plan.x_stride, to - from, ahead, total);
+    float_sums<Format, ROWS, COUNT, ASK>(plan.weight.codes + n * plan.weight.row_bytes, plan.weight.row_bytes, x, plan.x_stride, from, to, ahead, total);
     unrolled<ROWS>([&](auto m) {
         write(plan, out + m * plan.weight.out, n, n + COUNT, sums(total[m][0], total[m][1], total[m][2], total[m][3]), from == 0);
     });
 }
 
-template <int ROWS, int ASK> void float_tile_of(int rows, const Plan& plan, const float* x, int64_t from, int64_t to, float* out, int64_t n, int64_t last, Ahead& ahead) {
+template <class Format, int ROWS, int ASK> void float_tile_of(int rows, const Plan& plan, const float* x, int64_t from, int64_t to, float* out, int64_t n, int64_t last, Ahead& ahead) {
     if (rows != ROWS) {
-        if constexpr (ROWS > 1) float_tile_of<ROWS - 1, ASK>(rows, plan, x, from, to, out, n, last, ahead);
+        if constexpr (ROWS > 1) float_tile_of<Format, ROWS - 1, ASK>(rows, plan, x, from, to, out, n, last, ahead);
     } else if (n + COLUMNS <= last) {
-        float_tile<ROWS, COLUMNS, ASK>(plan, x, from, to, out, n, ahead);
+        float_tile<Format, ROWS, COLUMNS, ASK>(plan, x, from, to, out, n, ahead);
     } else {
-        for (; n < last; n++) float_tile<ROWS, 1, ASK>(plan, x, from, to, out, n, ahead);
+        for (; n < last; n++) float_tile<Format, ROWS, 1, ASK>(plan, x, from, to, out, n, ahead);
     }
 }
 
-template <int ASK> void float_tiles(const Plan& plan, const Call& call, int64_t first, int64_t last) {
+template <class Format, int ASK> void float_tiles(const Plan& plan, const Call& call, int64_t first, int64_t last) {
     const int64_t tiles = (call.rows + MAX_ROWS - 1) / MAX_ROWS, in = plan.weight.in;
     const int64_t blocks = (in + KB - 1) / KB, block = (in + blocks * W - 1) / (blocks * W) * W;
     for (int64_t n = first; n < last; n += BLOCK_COLUMNS) {
@@ -382,17 +382,17 @@ template <int ASK> void float_tiles(const Plan& plan, const Call& call, int64_t 
             for (int64_t t = 0; t < tiles; t++) {
                 const int64_t m = call.rows * t / tiles, rows = call.rows * (t + 1) / tiles - m;
                 for (int64_t c = n; c < end; c += COLUMNS)
-                    float_tile_of<MAX_ROWS, ASK>(int(rows), plan, call.x + m * plan.x_stride + from, from, std::min(from + block, in), call.out + m * plan.weight.out, c, end, ahead);
+                    float_tile_of<Format, MAX_ROWS, ASK>(int(rows), plan, call.x + m * plan.x_stride, from, std::min(from + block, in), call.out + m * plan.weight.out, c, end, ahead);
             }
         }
     }
 }
 
-inline void multiply_floats(const Plan& plan, const Call& call, int64_t first, int64_t last) {
-    constexpr int WHOLE = COLUMNS * W / 16;  // lines of a step
-    if (call.rows <= STRAIGHT_ROWS) return straight_of<STRAIGHT_ROWS>(plan, call, first, last);
-    if (call.rows <= MAX_ROWS) return float_tiles<WHOLE>(plan, call, first, last);
-    return call.rows <= 3 * MAX_ROWS ? float_tiles<WHOLE / 2>(plan, call, first, last) : float_tiles<1>(plan, call, first, last);
+template <class Format> void multiply_floats(const Plan& plan, const Call& call, int64_t first, int64_t last) {
+    constexpr int WHOLE = COLUMNS * W * Format::BYTES / 64;  // lines of a step
+    if (call.rows <= STRAIGHT_ROWS) return straight_of<Format, STRAIGHT_ROWS>(plan, call, first, last);
+    if (call.rows <= MAX_ROWS) return float_tiles<Format, WHOLE>(plan, call, first, last);
+    return call.rows <= 3 * MAX_ROWS ? float_tiles<Format, (WHOLE + 1) / 2>(plan, call, first, last) : float_tiles<Format, 1>(plan, call, first, last);
 }
 
 }}  // namespace core_kernels
