@@ -13,7 +13,7 @@
 namespace core_kernels { namespace {
 
 constexpr int64_t BLOCK_ROWS = 48;   // at least, to be worth reading the weights
-constexpr int64_t BLOCK_MOST = 96;   // floats
+constexpr int64_t BLOCK_MOST = 96;   // at the most, for what a block makes to stay in its core's cache
 constexpr int64_t BLOCK_UNIT = 16;   // rows of a block come in such numbers, but for the last
 
 class StackBlocks : public StackLayers {
