@@ -9,7 +9,6 @@ from core.layers.embedding import Embedding
 from core.layers.huge_pages import AT_ONCE, CAN_ASK, HUGE_PAGE, LARGE, LEAST, HugePages
 from core.layers.linear import pack_linears
 
-moves = pytest.mark.skipif(not CAN_ASK, reason="without madvise, on other systems than Linux, nothing is moved")
 COLUMNS = 256
 ROWS = LEAST // COLUMNS  # enough of them to be moved
 
@@ -39,13 +38,12 @@ def test_placed_weights_keep_their_numbers_and_follow_each_other():
         assert weights[1].data_ptr() == weights[0].data_ptr() + weights[0].nbytes
 
 
-@moves
 def test_memory_that_weights_took_is_let_go_while_others_are_still_to_move():
     let_go = []
     pages, half = HugePages(lambda: let_go.append(True)), AT_ONCE // 2
     for expected in ([], [True], [True]):
         pages.place(torch.zeros(half // 4))
-        assert let_go == expected
+        assert let_go == (expected if CAN_ASK else [])
 
 
 def test_small_weights_stay_where_they_are():
@@ -55,7 +53,6 @@ def test_small_weights_stay_where_they_are():
     assert weight.data_ptr() == at
 
 
-@moves
 @pytest.mark.parametrize("collapses", [True, False])
 def test_a_large_weight_is_moved_only_where_the_system_cannot_collapse_it_in_place(collapses, monkeypatch):
     asked = []
@@ -63,8 +60,8 @@ def test_a_large_weight_is_moved_only_where_the_system_cannot_collapse_it_in_pla
     weight = torch.randn(LARGE // 1024, 256)
     at, wanted = weight.data_ptr(), weight.clone()
     HugePages().place(weight)
-    assert asked == [weight.nbytes]
-    assert (weight.data_ptr() == at) == collapses
+    assert asked == ([weight.nbytes] if CAN_ASK else [])
+    assert (weight.data_ptr() == at) == (collapses or not CAN_ASK)
     assert torch.equal(weight, wanted)
 
 

@@ -132,37 +132,6 @@ def test_a_float_head_that_an_embedding_shares_is_not_copied_in_a_quantized_mode
     assert type(model["head"]) is nn.Linear and model["head"].weight is model["embedding"].weight
 
 
-HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def large(dtype):
-    """A linear whose float32 numbers are those of a type of two bytes."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(200, 400), nn.ReLU(), nn.Linear(400, 24, bias=False))
-    for part in (model[0], model[2]):
-        part.weight.data = part.weight.data.to(dtype).float()
-    return model
-
-
-@needs_onednn
-@pytest.mark.parametrize("rows", [1, 4, 7, 12, 33, 200])
-@pytest.mark.parametrize("dtype", HALVES)
-def test_float32_weights_that_are_widened_halves_are_kept_in_two_bytes(dtype, rows):
-    kernels = pytest.importorskip("core_cpu_kernels.kernels", reason="no C++ compiler").CpuKernels()
-    if not kernels.takes_float32:
-        pytest.skip("its vectors of four are not the faster way")
-    model, x = large(HALVES[dtype]), torch.randn(rows, 200)
-    weight = model[0].weight.detach().clone()
-    with torch.inference_mode():
-        wanted = model(x)
-        pack_linears(model, kinds=(nn.Linear,), kernels=kernels)
-        assert model[0].weight.parts["values"].dtype == HALVES[dtype]
-        assert type(model[2]) is KernelLinear  # too small to matter
-        torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-6)
-        unpack_linears(model)
-        assert torch.equal(model[0].weight.dequantize(), weight)
-
-
 @pytest.mark.parametrize("odd", [1 + 2**-20, 1e38 * 3.3, float("nan"), 2**-140])
 def test_one_number_that_two_bytes_do_not_hold_keeps_a_weight_in_four(odd):
     weight = torch.zeros(600, 100)

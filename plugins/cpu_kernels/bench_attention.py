@@ -78,9 +78,11 @@ def layer_ms(backend: AttentionBackend, spec: KVSpec, heads: int, step_of: tuple
     size = blocks * BLOCK * spec.num_kv_heads * (spec.k_dim + spec.v_dim) * spec.dtype.itemsize
     layers = max(1, min(30, WORKING_SET // size))
     backend.allocate([spec] * layers, [blocks] * layers, BLOCK)
-    caches = backend.layers if isinstance(backend, CpuKernelAttention) else None
-    for memory in [caches[0].cache] if caches else [*backend.cache.keys, *backend.cache.values]:  # type: ignore[attr-defined]
-        memory.normal_()
+    if isinstance(backend, CpuKernelAttention):
+        backend.layers[0].cache.normal_()  # all layers lie in it
+    elif isinstance(backend, CpuAttention):
+        for memory in (*backend.cache.keys, *backend.cache.values):
+            memory.normal_()
     backend.plan(batch)
     q = torch.randn(batch.num_tokens, heads, spec.k_dim)
     k, v = (torch.randn(batch.num_tokens, spec.num_kv_heads, spec.k_dim) for _ in range(2))

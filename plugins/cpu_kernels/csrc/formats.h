@@ -140,7 +140,6 @@ template <int BITS, bool TABLE> struct Words {
 template <bool BRAIN> struct Halves {
     static constexpr int VECTORS = 4, PARTS = 1, SEGMENT = W * VECTORS;
     static constexpr bool SCALED = false, OFFSET = false;
-    static constexpr int FEW = FEW_ROWS;
     static constexpr bool IN_PLACE = false;
 
     const Weight& weight;

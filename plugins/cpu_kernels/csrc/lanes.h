@@ -2,9 +2,9 @@
 // over them.
 //
 // Each step multiplies one column of up to VECTORS x W rows of x with numbers of several rows of the weight, which are read
-// where they lie, or a block of them where it was brought to four bytes. No sums across lanes: sums are turned back, W x W at a time, when a block of columns of out is whole. W rows
-// of x lie column after column, so `prepare` takes them together; of a last group that is far from full each row lies by
-// itself, and is multiplied as few rows are. Goto and van de Geijn 2008, with x packed instead of the weight.
+// where they lie, or a block of them where it was brought to four bytes. No sums across lanes: sums are turned back, W x W at a
+// time, when a block of columns of out is whole. W rows of x lie column after column, so `prepare` takes them together; of a
+// last group that is far from full each row lies by itself, and is multiplied as few rows are. Goto and van de Geijn 2008, with x packed instead of the weight.
 #pragma once
 
 #include "find.h"

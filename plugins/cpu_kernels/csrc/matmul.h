@@ -261,8 +261,8 @@ template <class Format> void many_rows(const Plan& plan, const Call& call, int64
 // -------------------------------------------------------------------------------------------------- floats
 //
 // Floats of four and of two bytes are multiplied as they lie; a `Format` has  BYTES  of a number,  get(row, at)  the W numbers
-// from a column on, and  get_first(row, at, count)  fewer, then zeros. Memory is read fastest in one stream, so whoever brings weights from memory asks for them
-// in the order in which they lie, a piece ahead of where it computes.
+// from a column on, and  get_first(row, at, count)  fewer, then zeros. Memory is read fastest in one stream, so whoever brings
+// weights from memory asks for them in the order in which they lie, a piece ahead of where it computes.
 
 // Lines of memory that the second cache asks for, a few at a time, while something else is computed.
 struct Ahead : Stretch {

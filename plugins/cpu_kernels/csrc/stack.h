@@ -37,7 +37,7 @@ struct StackCall {
     float* logits;                 // [tokens, outputs of the head]
     float head_eps;
     int64_t row_count;
-    const int64_t* rows;           // [row_count] of the tokens: after the last attention no others need to go on; null: all, as it has to be with a head
+    const int64_t* rows;           // [row_count], tokens that go on after the last attention; null: all, as with a head
 };
 
 }  // namespace core_kernels

@@ -133,7 +133,7 @@ class StackBlocks : public StackLayers {
                 head.place(memory, run.call.logits + first * head.outputs(), rows);
                 multiply_normed(head, added, run.call.head_norm, run.call.head_eps, {});
             } else if (added) {
-                run.add(x, added, 0, rows);
+                run.add(x, added, x, 0, rows);
             }
             for (int64_t r = 0; picked && r < rows; r++) std::copy(x + r * hidden, x + (r + 1) * hidden, run.call.x + picked[r] * hidden);
             watch.count(SMALL);
@@ -158,7 +158,7 @@ class StackBlocks : public StackLayers {
         }
 
         void multiply_normed(const Products& products, const float* adds, const float* weight, float eps, const Products& next) {
-            run.norm(x, adds, normed, weight, eps, 0, rows);
+            run.norm(x, adds, x, normed, weight, eps, 0, rows);
             multiply(products, normed, next);
         }
 

@@ -127,9 +127,10 @@ class StackLayers {
         for (int64_t t = tiles * chunk / of; t < tiles * (chunk + 1) / of; t++) job.attend(attended[size_t(i)].call, t);
     }
 
-    // normed = the norm of x, to which `added` is added first where there is one; rows [first, last) of all of them.
-    void norm(float* x, const float* added, float* normed, const float* weight, float eps, int64_t first, int64_t last) const {
-        set.elementwise.rms_norm({added ? added : x, added ? x : nullptr, added ? x : nullptr, weight, normed, last, call.hidden, eps}, first, last);
+    // normed = the norm of x, or of `summed` = x + added where there is something to add, which may be x; rows [first, last).
+    void norm(const float* x, const float* added, float* summed, float* normed, const float* weight, float eps, int64_t first, int64_t last) const {
+        if (added) set.elementwise.rms_norm({added, x, summed, weight, normed, last, call.hidden, eps}, first, last);
+        else set.elementwise.rms_norm({x, nullptr, nullptr, weight, normed, last, call.hidden, eps}, first, last);
     }
 
     // out = activation(gate) * up for columns [from, to), with the outputs of a layer's gate_up products, `rows` of each.
@@ -140,8 +141,9 @@ class StackLayers {
         set.elementwise.gate({wide + from, up + from, out + from, rows, to - from, stride, stride, inner, layer(i).activation}, 0, rows);
     }
 
-    void add(float* x, const float* added, int64_t first, int64_t last) const {
-        for (int64_t i = first * call.hidden; i < last * call.hidden; i++) x[i] += added[i];
+    // to = x + added
+    void add(const float* x, const float* added, float* to, int64_t first, int64_t last) const {
+        for (int64_t i = first * call.hidden; i < last * call.hidden; i++) to[i] = x[i] + added[i];
     }
 
   private:

@@ -82,7 +82,7 @@ class StackRun : public StackLayers {
             attend(i, chunk, of);
             return watch.count(ATTENTION);
         } else if (stage == layer_stages() && !head.count) {
-            sum(row(chunk, of), row(chunk + 1, of));
+            add(x_before(stage + 1), made, call.x, row(chunk, of), row(chunk + 1, of));
         } else if (!own) {
             before(stage + 1, workers[0], call.x, row(chunk, of), row(chunk + 1, of));
         }
@@ -150,7 +150,7 @@ class StackRun : public StackLayers {
     // Whether what the operation before the product made is added to x first.
     bool adds(int64_t stage) const { return stage > layer_stages() || (stage > QKV && (stage % OPERATIONS == QKV || stage % OPERATIONS == GATE_UP)); }
     bool is_mlp(int64_t stage) const { return stage < layer_stages() && stage % OPERATIONS == GATE_UP; }
-    float* x_before(int64_t stage) const { return !own || is_mlp(stage) || stage <= QKV ? call.x : other_x; }
+    const float* x_before(int64_t stage) const { return !own || is_mlp(stage) || stage <= QKV ? call.x : other_x; }
     float* x_after(int64_t stage) const { return is_mlp(stage) ? other_x : call.x; }
 
     void prepare_own(int64_t stage, int64_t chunk, Worker& worker) const {
@@ -163,25 +163,13 @@ class StackRun : public StackLayers {
     // Brings rows of x into the order of the product of a stage, normalized where it takes a norm of x, and x with what is
     // added to it first to `summed`.
     void before(int64_t stage, const Worker& worker, float* summed, int64_t first, int64_t last) const {
-        const float* from = worker.normed;
+        const float *from = worker.normed, *x = x_before(stage), *added = adds(stage) ? made : nullptr;
         const StackLayer& one = layer(std::min(stage / OPERATIONS, count_layers() - 1));
-        if (stage > layer_stages()) norm(stage, worker, summed, call.head_norm, call.head_eps, first, last);
-        else if (stage % OPERATIONS == QKV) norm(stage, worker, summed, one.attention_norm, one.attention_eps, first, last);
-        else if (stage % OPERATIONS == GATE_UP) norm(stage, worker, summed, one.mlp_norm, one.mlp_eps, first, last);
+        if (stage > layer_stages()) norm(x, added, summed, worker.normed, call.head_norm, call.head_eps, first, last);
+        else if (stage % OPERATIONS == QKV) norm(x, added, summed, worker.normed, one.attention_norm, one.attention_eps, first, last);
+        else if (stage % OPERATIONS == GATE_UP) norm(x, added, summed, worker.normed, one.mlp_norm, one.mlp_eps, first, last);
         else from = stage % OPERATIONS == OUTPUT ? attended_out : inner;
         products_of(stage)->prepare(from, first, last, memory_of(worker));
-    }
-
-    void norm(int64_t stage, const Worker& worker, float* summed, const float* weight, float eps, int64_t first, int64_t last) const {
-        float* x = x_before(stage);
-        if (adds(stage)) set.elementwise.rms_norm({made, x, summed, weight, worker.normed, call.tokens, call.hidden, eps}, first, last);
-        else set.elementwise.rms_norm({x, nullptr, nullptr, weight, worker.normed, call.tokens, call.hidden, eps}, first, last);
-    }
-
-    // The last addition, where no head follows.
-    void sum(int64_t first, int64_t last) const {
-        const float* x = x_before(layer_stages() + 1);
-        for (int64_t at = first * call.hidden; at < last * call.hidden; at++) call.x[at] = x[at] + made[at];
     }
 
     // ------------------------------------------------------------------------------------------ rows

@@ -1,7 +1,7 @@
 // Work that goes through many stages, each of which needs all of the one before: no fork and join for each of them.
 //
-// The chunks of a stage are done by whoever comes, in the order of turns.h. The thread that finishes the last one opens the next stage, and does
-// stages of a single chunk at once, by itself. So nobody waits for a thread that holds no chunk: one that another process
+// The chunks of a stage are done by whoever comes, in the order of turns.h. The thread that finishes the last one opens the
+// next stage, and does stages of a single chunk at once, by itself. So nobody waits for a thread that holds no chunk: one that another process
 // keeps off its core is not missed. Who waits spins for some microseconds, then leaves the core to others.
 #pragma once
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from core.errors import CoreError
-from core.layers import AffineTensor, Linear, QuantizedTensor, TableTensor, pack_linears
+from core.layers import AffineTensor, HalfTensor, Linear, QuantizedTensor, TableTensor, pack_linears, unpack_linears
 
 pytest.importorskip("core_cpu_kernels", reason="not installed where there is no C++ compiler")
 import gguf
@@ -380,3 +380,24 @@ def test_a_quantized_model_says_the_same_with_and_without_kernels(tmp_path):
             outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
         found.append([output.outputs[0].token_ids for output in outputs])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7, 12, 33, 200])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("instruction_set", instruction_sets())
+def test_float32_weights_that_are_widened_halves_are_kept_in_two_bytes(instruction_set, dtype, rows):
+    """But in the set whose vectors of four oneDNN's own code beats."""
+    kernels = CpuKernels(instruction_set)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(200, 400), nn.Linear(400, 24, bias=False)), torch.randn(rows, 200)
+    for part in model:
+        part.weight.data = part.weight.data.to(dtype).float()
+    weight = model[0].weight.detach().clone()
+    with torch.inference_mode():
+        wanted = model(x)
+        pack_linears(model, kinds=(nn.Linear,), kernels=kernels)
+        kept = [isinstance(part.weight, HalfTensor) for part in model]
+        assert kept == [kernels.takes_float32, False]  # the second is too small to matter
+        torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-6)
+        unpack_linears(model)
+        assert torch.equal(torch.eye(200) @ model[0].weight.T, weight.T)
