@@ -41,6 +41,7 @@ class Batch:
     logit_rows: Tensor  # [rows] int64, the tokens whose logits are wanted, ascending
     attention: AttentionBackend | None  # None: a model that keeps its own state
     windows: Mapping[Reach, Places] = field(default_factory=dict)  # for layers whose older blocks are given back
+    only_highest: bool = False  # of each row of logits only the highest is wanted: others may be any that are lower
 
     def places(self, reach: Reach) -> Places:
         """Return where K/V lies for layers of this reach."""

@@ -39,6 +39,7 @@ class EngineConfig:
     mem_fraction_static: float | None = None  # of a GPU's memory, for weights and K/V; None = 0.88
     kv_cache_dtype: str = "auto"  # of K/V in the cache; auto = what the model computes in
     enable_cuda_graph: bool = True  # decode steps as graphs, where device, model and backend can
+    enable_head_screen: bool = True  # where only the highest logit is wanted, a copy of the head rules others out
     speculative_ngram: int = 0  # longest n-gram looked up in a request's own text to guess its next tokens; 0 = off
     speculative_ngram_min: int = 2  # the shortest
     speculative_num_draft_tokens: int = 5  # the most guessed for a request in a step

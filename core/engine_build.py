@@ -196,7 +196,8 @@ def _assemble(
     for reach, blocks in memory.windows.items():
         logger.info("layers of %s: %d blocks; what lies further back is given back", reach, blocks)
     graph_sizes = Sizes(config.max_num_seqs, max_model_len, config.block_size) if config.enable_cuda_graph else None
-    runner = Runner(model, attention, config.block_size, device, tuple(memory.windows), graph_sizes)
+    reaches = tuple(memory.windows)
+    runner = Runner(model, attention, config.block_size, device, reaches, graph_sizes, config.enable_head_screen)
     pools = memory.pools(config.block_size)
     scheduler = Scheduler(BlockPool(memory.num_blocks, config.block_size), limits, pools, drafter)
     sampler = Sampler(model.vocab_size, eos, device)

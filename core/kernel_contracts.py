@@ -146,6 +146,14 @@ class Kernels(Protocol):
         """
         ...
 
+    def highest(self, linear: LinearKernel) -> LinearKernel | None:
+        """Return the function x [..., in] -> [..., out] whose highest number in each row is that of `linear`, and so is
+        every other as high; the rest are near what `linear` gives, and lower. `linear` is of this object's `linear`.
+
+        It may keep a smaller copy of the weight. None where it would not be faster; kernels that do not say: None.
+        """
+        ...
+
     def experts(self, weights: Tensor, bias: Tensor | None) -> ExpertsKernel | None:
         """Return the products of plain weights [experts, out, in], by any strides, and of their bias [experts, out]."""
         ...

@@ -40,11 +40,15 @@ class Runner:
         device: torch.device | DeviceModule,
         reaches: Sequence[Reach] = (),
         graph_sizes: Sizes | None = None,
+        screens: bool = True,
     ) -> None:
-        """`reaches`: what each of a request's window_tables is for; `graph_sizes`: None = nothing is captured."""
+        """`reaches`: what each of a request's window_tables is for; `graph_sizes`: None = nothing is captured.
+
+        `screens`: a batch says where only the highest logits are wanted.
+        """
         self.model, self.attention, self.block_size = model, attention, block_size
         self.device = device_module(device) if isinstance(device, torch.device) else device
-        self.reaches = tuple(reaches)
+        self.reaches, self.screens = tuple(reaches), screens
         self.has_kv = bool(model.kv_specs())
         self.graphs = self._graphs(graph_sizes)
 
@@ -108,6 +112,7 @@ class Runner:
             logit_rows=torch.tensor(rows, dtype=torch.int64),
             attention=self.attention,
             windows=windows,
+            only_highest=self.screens and all(entry.request.params.only_highest for entry in entries),
         )
         return batch, ranges, last
 

@@ -113,6 +113,14 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def only_highest(self) -> bool:
+        """True if nothing about a token's logits is asked but which one is the highest."""
+        edited = self.logit_bias or self.allowed_token_ids or self.bad_words or self.min_tokens
+        penalized = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        shown = self.logprobs is not None or self.prompt_logprobs is not None
+        return self.greedy and not (edited or penalized or shown)
+
     def with_changes(self, **changes: Any) -> SamplingParams:
         """Return a copy with some fields changed, checked again."""
         return replace(self, **changes)

@@ -12,7 +12,7 @@ from torch import nn
 from core.bench.costs import all_modules
 from core.engine import Engine
 from core.kernel_contracts import DecoderKernel
-from core.layers import LayerStack, RMSNorm, Rotary
+from core.layers import LayerStack, RMSNorm, Rotary, ScreenedHead
 
 SCHEDULE, BATCH, LINEARS, ATTENTION = "schedule", "batch and plan", "linears", "attention"
 SMALL, SAMPLING, EMIT = "norm, rotary, activation", "sampling", "detokenize and emit"
@@ -34,7 +34,7 @@ class Hook:
 
 def hooks_of(engine: Engine) -> list[Hook]:
     """Return what is timed in this engine. A part that is not recognised stays in the part around it."""
-    return [*_engine_hooks(engine), *_model_hooks(engine), *_stack_hooks(engine), *_rotary_hooks(engine)]
+    return [*_engine_hooks(engine), *_model_hooks(engine), *_joined_hooks(engine), *_rotary_hooks(engine)]
 
 
 def _engine_hooks(engine: Engine) -> Iterator[Hook]:
@@ -62,10 +62,14 @@ def _model_hooks(engine: Engine) -> Iterator[Hook]:
             yield Hook(module, "rotate", SMALL)
 
 
-def _stack_hooks(engine: Engine) -> Iterator[Hook]:
-    found = [value for module in all_modules(engine.model) for value in vars(module).values()]
-    for stack in {id(value): value for value in found if isinstance(value, LayerStack)}.values():
-        yield Hook(stack, "run", MODEL, stack.kernel)
+def _joined_hooks(engine: Engine) -> Iterator[Hook]:
+    """What runs parts of several modules, or of one in another way, beside their own forward."""
+    found = {id(value): value for module in all_modules(engine.model) for value in vars(module).values()}
+    for joined in found.values():
+        if isinstance(joined, LayerStack):
+            yield Hook(joined, "run", MODEL, joined.kernel)
+        elif isinstance(joined, ScreenedHead):
+            yield Hook(joined, "highest", LINEARS)
 
 
 def _part_of(module: nn.Module, host_attends: bool) -> str | None:

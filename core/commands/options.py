@@ -157,6 +157,12 @@ ENGINE_OPTIONS = [
         flag_value=False,
         help="Run decode steps kernel by kernel on a GPU.",
     ),
+    _flag(
+        "--disable-head-screen",
+        "enable_head_screen",
+        flag_value=False,
+        help="Compute all logits where a request wants the highest one; saves a copy of the head.",
+    ),
     _option(
         "--speculative-ngram",
         "--prompt-lookup-max",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from core.errors import KernelError
-from core.kernel_contracts import HeadParts, LayerParts
+from core.kernel_contracts import HeadParts, LayerParts, LinearKernel
 from core.kernels.checks import FLOATS
 from core.kernels.chip import INTERPRETED
 from core.kernels.dequant_matmul import Codes, dequant_matmul, unfit
@@ -44,6 +44,9 @@ class TritonKernels:
         return Product(
             codes, None if bias is None else bias.detach(), None if order is None else order.to(weight.device)
         )
+
+    def highest(self, linear: LinearKernel) -> None:
+        """A GPU reads its weights fast enough."""
 
     def experts(self, weights: Tensor, bias: Tensor | None) -> Experts | None:
         plain = type(weights) in (Tensor, torch.nn.Parameter) and weights.dtype in FLOATS and _is_here(weights)

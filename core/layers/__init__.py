@@ -16,6 +16,7 @@ from core.layers.quant_formats import (
 )
 from core.layers.quantized import QuantizedLinear, QuantizedTensor, give_kernels, reads_on_device
 from core.layers.rotary import Rotary, RotaryError, apply_rotary
+from core.layers.screened_head import ScreenedHead, screen_of
 from core.layers.stack import LayerLinears, LayerNorms, LayerStack, head_parts, kernels_of, layer_parts
 from core.layers.transposed import TransposedTensor
 
@@ -37,6 +38,7 @@ __all__ = [
     "RMSNorm",
     "Rotary",
     "RotaryError",
+    "ScreenedHead",
     "TableTensor",
     "TransposedTensor",
     "apply_rotary",
@@ -48,6 +50,7 @@ __all__ = [
     "pack_codes",
     "pack_linears",
     "reads_on_device",
+    "screen_of",
     "take_kernels",
     "unpack_codes",
     "unpack_linears",

@@ -69,6 +69,11 @@ class HugePages:
                 self._moved_bytes = 0
 
 
+def empty_on_huge_pages(size: int) -> Tensor:
+    """Return memory for `size` bytes, uint8, on huge pages where the system has them."""
+    return _mapped(size) if CAN_ASK else torch.empty(size, dtype=torch.uint8)
+
+
 def _mapped(size: int) -> Tensor:
     """Return memory that begins on a huge page."""
     whole = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -22,7 +22,12 @@ VNNI = [*AVX512, "-mavx512vnni"]
 AMX = [*VNNI, "-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 # Plain code comes first: of functions of the standard library that several files bring, the linker keeps the first.
 SOURCES = {"csrc/library.cpp": [], "csrc/tiled.cpp": [], "csrc/plain.cpp": []}
-ATTENTION = {"csrc/attention_library.cpp": [], "csrc/stack_library.cpp": [], "csrc/attention_plain.cpp": []}
+ATTENTION = {
+    "csrc/attention_library.cpp": [],
+    "csrc/stack_library.cpp": [],
+    "csrc/screen_library.cpp": [],
+    "csrc/attention_plain.cpp": [],
+}
 if X86:
     FLAGS.append("-DCORE_KERNELS_X86")
     SOURCES |= {"csrc/avx2.cpp": AVX2, "csrc/integer_avx2.cpp": AVX2}

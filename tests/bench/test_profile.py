@@ -37,6 +37,13 @@ def test_every_part_of_a_llama_is_found(make_engine, impl):
     assert sum(profile.share(part) for part in PARTS) == pytest.approx(1)
 
 
+def test_a_screened_head_counts_as_a_linear(make_engine, tmp_path, monkeypatch):
+    screen = pytest.importorskip("core_cpu_kernels.screen", reason="not installed where there is no C++ compiler")
+    monkeypatch.setattr(screen, "LEAST_NUMBERS", 0)
+    engine = make_engine(tiny_checkpoint("llama", tmp_path, vocab_size=3000))
+    assert ("highest", LINEARS) in [(hook.name, hook.part) for hook in hooks_of(engine)]
+
+
 def test_a_model_that_keeps_its_own_cache_has_its_attention_found_too(make_engine, tmp_path):
     folder = tiny_checkpoint("deepseek_v3", tmp_path)
     engine = make_engine(folder)

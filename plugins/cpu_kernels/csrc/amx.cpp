@@ -8,6 +8,7 @@ namespace core_kernels {
 extern const InstructionSet avx512_set, amx_set;
 
 const Packing* find_integer_amx(const Weight& weight);
+const Screen* find_screen_avx512();
 
 namespace {
 
@@ -47,6 +48,6 @@ const Packing* find_tiled(int32_t packing_id) {
 
 }  // namespace
 
-constexpr InstructionSet amx_set = {"amx", find_tiled, {rms_norm, gate, rotate}, find_integer_amx};
+constexpr InstructionSet amx_set = {"amx", find_tiled, {rms_norm, gate, rotate}, find_integer_amx, find_screen_avx512};
 
 }  // namespace core_kernels

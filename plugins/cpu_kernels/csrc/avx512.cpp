@@ -7,5 +7,6 @@
 
 namespace core_kernels {
 extern const InstructionSet avx512_set;
-const InstructionSet avx512_set = {"avx512", find, {rms_norm, gate, rotate}, find_lanes};
+const Screen* find_screen_avx2();
+const InstructionSet avx512_set = {"avx512", find, {rms_norm, gate, rotate}, find_lanes, find_screen_avx2};
 }

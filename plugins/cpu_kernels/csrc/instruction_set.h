@@ -2,6 +2,7 @@
 #pragma once
 
 #include "elementwise_calls.h"
+#include "screen_calls.h"
 #include "weight.h"
 
 namespace core_kernels {
@@ -11,6 +12,7 @@ struct InstructionSet {
     const Packing* (*find)(int32_t packing);  // null: none
     Elementwise elementwise;
     const Packing* (*find_other)(const Weight&) = nullptr;  // faster for some numbers of rows of x; null, or answers null: none
+    const Screen* (*find_screen)() = nullptr;
 };
 
 }  // namespace core_kernels

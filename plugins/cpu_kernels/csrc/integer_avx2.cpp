@@ -1,6 +1,8 @@
 // Products of words of 16 bits, compiled for AVX2; all else is in avx2.cpp.
 #include "integer_simd_avx2.h"
 #include "integer_find.h"
+#include "softmax_avx2.h"
+#include "screen.h"
 
 namespace core_kernels {
 
@@ -18,5 +20,6 @@ template <class Rows> struct Avx2 {
 }  // namespace
 
 const Packing* find_integer_avx2(const Weight& weight) { return find_integer<Avx2>(weight); }
+const Screen* find_screen_avx2() { return &screen; }
 
 }  // namespace core_kernels

@@ -3,9 +3,12 @@
 #include "elementwise.h"
 #include "instruction_set.h"
 #include "integer_find.h"
+#include "softmax_avx512.h"
+#include "screen.h"
 
 namespace core_kernels {
 extern const InstructionSet avx512_set, avx512vnni_set;
+const Screen* find_screen_avx512() { return &screen; }
 
 namespace {
 template <class Rows> struct Vnni {
@@ -21,5 +24,5 @@ const Packing* find_other(const Weight& weight) {
 }  // namespace
 
 // A constant: no code of this file may run where it was not chosen.
-constexpr InstructionSet avx512vnni_set = {"avx512vnni", find_floats, {rms_norm, gate, rotate}, find_other};
+constexpr InstructionSet avx512vnni_set = {"avx512vnni", find_floats, {rms_norm, gate, rotate}, find_other, find_screen_avx512};
 }

@@ -7,6 +7,7 @@ namespace core_kernels { namespace {
 
 constexpr int ROWS_AT_ONCE = 6;  // rows of x over a vector of codes
 constexpr int64_t INTEGER_ROWS = 512;
+constexpr int SCREEN_SUMS = 6;  // vectors of sums at once, in screen.h
 constexpr int64_t X_PARTS = 1, X_NUMBER = 2;  // all of q in one word
 #define PIECE_CALL __attribute__((noinline))  // so that 16 registers are those of one piece alone
 

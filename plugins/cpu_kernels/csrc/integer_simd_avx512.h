@@ -7,6 +7,7 @@ namespace core_kernels { namespace {
 
 constexpr int ROWS_AT_ONCE = 4;  // rows of x over a vector of codes
 constexpr int64_t INTEGER_ROWS = 512;
+constexpr int SCREEN_SUMS = 16;  // vectors of sums at once, in screen.h
 constexpr int64_t X_PARTS = 2, X_NUMBER = 1;  // high and low bytes
 #define PIECE_CALL INLINE
 

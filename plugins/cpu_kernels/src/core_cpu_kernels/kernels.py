@@ -14,7 +14,7 @@ from core_cpu_kernels.elementwise import ACTIVATIONS, GateKernel, NormKernel, Ro
 from core_cpu_kernels.library import Library, Weight, wanted_instruction_set
 
 if TYPE_CHECKING:
-    from core.kernel_contracts import DecoderKernel, HeadParts, LayerParts
+    from core.kernel_contracts import DecoderKernel, HeadParts, LayerParts, LinearKernel
 
 PACKINGS = {"affine4": 1, "affine8": 2, "table4": 3, torch.float16: 4, torch.bfloat16: 5, torch.float32: 6}
 GGML = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
@@ -22,6 +22,7 @@ GGML_PACKINGS = dict(zip(GGML, (102, 103, 106, 107, 108, 110, 111, 112, 113, 114
 GGML_PACKINGS |= {"F16": PACKINGS[torch.float16], "BF16": PACKINGS[torch.bfloat16]}  # halves are just halves
 TYPES = {torch.uint8: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_FLOAT_TYPES = {PACKINGS[dtype]: TYPES[dtype] for dtype in FLOATS}
 
 
 class CpuKernels:
@@ -47,6 +48,12 @@ class CpuKernels:
         if made is None:
             return None
         return KernelFunction(self.library, made, spec, kept)
+
+    def highest(self, linear: LinearKernel) -> LinearKernel | None:
+        from core_cpu_kernels.screen import make_screen
+
+        ours = isinstance(linear, KernelFunction) and linear.library is self.library
+        return make_screen(self.library, linear) if ours else None
 
     def experts(self, weights: Tensor, bias: Tensor | None) -> None:
         """Experts are multiplied with one after the other, each by `linear`."""
@@ -80,6 +87,22 @@ class KernelFunction:
         self.in_features, self.out_features = int(spec.in_), int(spec.out)
         self._kept = kept  # what the library points at
         self._spec = spec
+        self._type = _FLOAT_TYPES.get(spec.packing)
+
+    @property
+    def has_floats(self) -> bool:
+        """True if the weight is plain floats, of four bytes or two."""
+        return self._type is not None
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._kept.get("bias")
+
+    def as_floats(self) -> Weight:
+        """Return the description of a weight of floats with their type, which elsewhere the packing says."""
+        spec = Weight.from_buffer_copy(self._spec)
+        spec.scale_type = self._type
+        return spec
 
     def __call__(self, x: Tensor) -> Tensor:
         """Raises CoreError for an x of another width, or one that holds no floats."""

@@ -16,7 +16,7 @@ import torch
 
 from core.errors import PluginError
 
-ABI = 4
+ABI = 5
 ISA_VARIABLE = "CORE_CPU_KERNELS_ISA"  # one of these instead of the best that the machine has
 INSTRUCTION_SETS = ("amx", "avx512vnni", "avx512", "avx2", "plain")  # the best first
 
@@ -34,6 +34,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # result, arguments
     "attention_set": (_POINTER, _POINTER),
     "attend": (ctypes.c_int32, *[_POINTER] * 7),
     "stack": (ctypes.c_int32, *[_POINTER] * 4),
+    "screen_width": (_INT, _POINTER),
+    "screen_fill": (None, *[_POINTER] * 3),
+    "highest": (ctypes.c_int32, *[_POINTER] * 5, _INT),
     "threads": (None, _POINTER, _POINTER),
 }
 
@@ -78,6 +81,9 @@ class Library:
         self.rotate = partial(self._functions.core_kernels_rotate, self._set)
         self.attend = self._functions.core_kernels_attend  # (attention_set, layer, step, q, k, v, out) -> 0
         self.stack = partial(self._functions.core_kernels_stack, self._set)  # (attention_set, layers, call) -> 0
+        self.screen_width: int = self._functions.core_kernels_screen_width(self._set)
+        self.screen_fill = partial(self._functions.core_kernels_screen_fill, self._set)  # (screen, weight)
+        self.highest = partial(self._functions.core_kernels_highest, self._set)  # (screen, made, x, out, rows) -> 0
         self.attention_set: int = self._functions.core_kernels_attention_set(self._set)
 
     def make(self, weight: Weight) -> int | None:

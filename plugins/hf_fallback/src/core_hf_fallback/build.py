@@ -21,6 +21,7 @@ from core.model_loader import BuildContext
 from core_hf_fallback.alike import Alike, NotAlike, find_alike
 from core_hf_fallback.blame import is_ours
 from core_hf_fallback.cache import CacheModel, Stepper
+from core_hf_fallback.head_screen import put_screen
 from core_hf_fallback.interface import bind, bindings_of, configs_of
 from core_hf_fallback.load import load_module
 from core_hf_fallback.module_state import ModuleState
@@ -183,7 +184,7 @@ def _paged(loaded: Loaded, context: BuildContext, let_go: Callable[[], None]) ->
         if patcher is not None:
             patcher.undo()  # the next tier checks for itself what packing changes
         return Refusal(wrong or "nothing was probed")
-    return _finished(model, patcher)
+    return _finished(model, patcher, context)
 
 
 def _paged_by_few(loaded: Loaded, alike: Alike, context: BuildContext, let_go: Callable[[], None]) -> Model | None:
@@ -212,7 +213,7 @@ def _paged_by_few(loaded: Loaded, alike: Alike, context: BuildContext, let_go: C
     binding.carry_over(alike)
     patcher.carry_over(alike)
     logger.info("probed %d of %d layers, to which the others are alike", len(set(alike.like)), len(alike.like))
-    return _finished(model, patcher)
+    return _finished(model, patcher, context)
 
 
 def _patcher(loaded: Loaded, calls: LinearCalls, context: BuildContext, let_go: Callable[[], None]) -> Patcher:
@@ -220,8 +221,9 @@ def _patcher(loaded: Loaded, calls: LinearCalls, context: BuildContext, let_go: 
     return Patcher(loaded.module, calls, context.kernels, options.disable_patches, context.stopwatch, let_go)
 
 
-def _finished(model: PagedModel, patcher: Patcher) -> PagedModel:
+def _finished(model: PagedModel, patcher: Patcher, context: BuildContext) -> PagedModel:
     model.forget_recording()
+    model.screen = put_screen(model.module, context.kernels) if context.options.enable_head_screen else None
     model.features = replace(model.features, patches=tuple(patcher.counts))
     logger.info("patches: %s", patcher.summary)
     return model

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from core.batch import Batch
 from core.contracts import KVSpec, ModelFeatures
+from core_hf_fallback.head_screen import HeadScreen
 from core_hf_fallback.interface import NAME, Binding, register, use_attention
 from core_hf_fallback.ropes import Ropes, text_lengths
 from core_hf_fallback.taint import CountedTokens
@@ -40,6 +41,7 @@ class PagedModel:
             captures_on_trial=True,
         )
         use_attention(module, NAME)
+        self.screen: HeadScreen | None = None
         self.keeps_logits = "logits_to_keep" in inspect.signature(module.forward).parameters
         self.recorded = self._record(ids, length)  # logits [ids, vocab]
         self.vocab_size = self.recorded.shape[-1]
@@ -60,14 +62,21 @@ class PagedModel:
         return self.binding.specs
 
     def forward(self, batch: Batch) -> Tensor:
-        self.binding.start(batch)
         rows = batch.logit_rows if len(batch.logit_rows) else batch.logit_rows.new_zeros(1)
         try:
             with self.ropes.flat(text_lengths(batch, self.ropes.restart_after) if self.ropes else []):
-                logits = self._logits(batch.token_ids, batch.positions, rows)
+                logits = self._served(batch, rows)
         finally:
             self.binding.batch = None  # whoever looks at the module between forwards finds it as it is
         return logits[: len(batch.logit_rows)]
+
+    def _served(self, batch: Batch, rows: Tensor) -> Tensor:
+        def forward() -> Tensor:
+            self.binding.start(batch)
+            return self._module_logits(batch.token_ids, batch.positions, rows)
+
+        found = forward() if self.screen is None else self.screen.run(forward, batch.only_highest)
+        return self._of_rows(found[0], rows)
 
     def release(self, request_id: str) -> None:
         """All state is in the host's blocks."""
@@ -77,14 +86,16 @@ class PagedModel:
         positions = torch.arange(len(ids), device=ids.device)
         lengths = self.ropes.flat([length] * len(ids))
         with torch.inference_mode(), lengths, CountedTokens(len(ids)) as self.binding.counted:
-            logits = self._logits(ids, positions, positions)
+            logits = self._of_rows(self._module_logits(ids, positions, positions)[0], positions)
         self.binding.counted = None
         return logits
 
-    def _logits(self, ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+    def _module_logits(self, ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        """Return logits [1, tokens or rows, vocab]."""
         keep = {"logits_to_keep": rows} if self.keeps_logits else {}
-        out = self.module(input_ids=ids[None], position_ids=positions[None], use_cache=False, **keep)
-        logits = logits_of(out)[0]
+        return logits_of(self.module(input_ids=ids[None], position_ids=positions[None], use_cache=False, **keep))
+
+    def _of_rows(self, logits: Tensor, rows: Tensor) -> Tensor:
         return logits if self.keeps_logits and len(logits) == len(rows) else logits[rows]
 
 

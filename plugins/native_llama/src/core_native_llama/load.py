@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from core.contracts import Checkpoint, Model, Refusal
-from core.layers import pack_linears, reads_on_device, take_kernels
+from core.layers import pack_linears, reads_on_device, screen_of, take_kernels
 from core.layers.embedding import Head, make_room
 from core.layers.linear import Linear, Loader, MergedLinear
 from core.memory import letting_go
@@ -38,6 +38,7 @@ def load(config: LlamaConfig, checkpoint: Checkpoint, context: BuildContext) -> 
     if context.kernels is not None:
         take_kernels(model, context.kernels)
         model.join_layers(context.kernels)
+        model.screen = screen_of(model.head, context.kernels) if context.options.enable_head_screen else None
     if not reads_on_device(model):
         model.features = replace(model.features, captures_decode=False)
     return model.eval()

@@ -25,6 +25,7 @@ from core.layers import (
     MergedLinear,
     RMSNorm,
     Rotary,
+    ScreenedHead,
     head_parts,
     layer_parts,
 )
@@ -103,6 +104,7 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(Layer(config, layer, dtype, str(device), self.rotary) for layer in layers)
         self.norm = RMSNorm(config.hidden, config.eps, dtype)
         self.stack: LayerStack | None = None
+        self.screen: ScreenedHead | None = None
         self.head = Head(config.hidden, 0 if config.tied else config.vocab, False, dtype)
         if config.tied:
             self.head.tie(self.embedding)
@@ -125,7 +127,7 @@ class LlamaModel(nn.Module):
         rotation = self.rotary(batch, self.dtype)
         everything = len(batch.logit_rows) == len(x)  # ascending, so all of them are x
         if self.stack is not None:
-            whole = everything and self.stack.kernel.has_head
+            whole = everything and self.stack.kernel.has_head and not self._screens(x, batch)
             filled = x.new_empty(len(x), self.vocab_size) if whole else None
             if self.stack.run(x, rotation, batch.attention, filled, None if everything else batch.logit_rows):
                 return self._logits(x, batch, everything) if filled is None else filled
@@ -134,8 +136,14 @@ class LlamaModel(nn.Module):
         return self._logits(x, batch, everything)
 
     def _logits(self, x: Tensor, batch: Batch, everything: bool) -> Tensor:
-        logits: Tensor = self.head(self.norm(x) if everything else self.norm.of_rows(x, batch.logit_rows))
+        normed: Tensor = self.norm(x) if everything else self.norm.of_rows(x, batch.logit_rows)
+        if self.screen is not None and self._screens(normed, batch):
+            return self.screen.highest(normed)
+        logits: Tensor = self.head(normed)
         return logits
+
+    def _screens(self, x: Tensor, batch: Batch) -> bool:
+        return batch.only_highest and self.screen is not None and self.screen.takes(x)
 
     def release(self, request_id: str) -> None:
         """All state is in the host's blocks."""

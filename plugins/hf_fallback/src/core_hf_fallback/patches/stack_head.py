@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from core.kernel_contracts import HeadParts
 from core.layers import kernels_of
+from core_hf_fallback.head_screen import screen_on
 from core_hf_fallback.patches.operations import Norm
 
 
@@ -37,7 +38,14 @@ class StackHead:
 
     def logits_for(self, x: Tensor, wanted: int) -> Tensor | None:
         """Return where the logits of x [tokens, hidden] are to stand; None if they are not worth it."""
-        return x.new_empty(len(x), self.vocab) if self.is_used and wanted == len(x) else None
+        if not self.is_used or wanted != len(x):
+            return None
+        screen = screen_on(self.head)
+        if screen is not None and self.was_used:
+            return None
+        if screen is not None:
+            screen.is_on = False  # this once: whether the head is given just this is seen where it is computed so
+        return x.new_empty(len(x), self.vocab)
 
     def replace(self) -> list[Callable[[], None]]:
         """Replace the forward of both; return how to undo it."""
