@@ -30,7 +30,7 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens; None = the model's own limit
     max_num_seqs: int = 0  # requests that run at a time; 0 = 64 on CPU, 256 on GPU
     max_num_batched_tokens: int = 0  # token budget of a step; 0 = 512 on CPU, 4096 on GPU
-    max_mixed_prefill_tokens: int | None = None  # of prompts, in a step that decodes too; None = 20 on CPU, else all
+    max_mixed_prefill_tokens: int | None = None  # of prompts, in a step that decodes too; None = 16 on CPU, else all
     max_num_waiting: int = 4096  # requests that may queue
     enable_prefix_caching: bool = True
     block_size: int = 16  # tokens in a KV block

@@ -28,7 +28,7 @@ from core.spec import ModelSpec
 from core.speculation import Drafter, LookupLimits
 
 logger = logging.getLogger("core_serve")
-MIXED_PREFILL_ON_CPU = 20  # tokens
+MIXED_PREFILL_ON_CPU = 16  # tokens
 DEFAULT_MODEL_LEN = 2048  # tokens, where a config states none
 
 

@@ -123,7 +123,7 @@ ENGINE_OPTIONS = [
         "--mixed-prefill-size",
         "max_mixed_prefill_tokens",
         type=int,
-        help="Tokens of prompts in a step that decodes too. Default: 20 on a CPU, the whole budget on a GPU.",
+        help="Tokens of prompts in a step that decodes too. Default: 16 on a CPU, the whole budget on a GPU.",
     ),
     _option("--max-queued-requests", "max_num_waiting", type=int, help="Requests that may wait."),
     _flag(
