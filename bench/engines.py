@@ -45,11 +45,13 @@ def core_serve(job: Job) -> dict[str, Any]:
     from core.bench.roofline import decode_bound, prefill_bound
     from core.bench.subject import opened
     from core.config import EngineConfig
+    from core.engine_build import offline
     from core.plugins import PluginHost
 
-    config = EngineConfig(
+    asked = EngineConfig(
         model=job["model"], model_impl=job["engine"], num_threads=job["threads"], skip_tokenizer_init=True
     )
+    config = offline(asked)  # as the others: nobody reads along
     seconds, bounds = {}, {}
     with opened(config, PluginHost.load(), max(map(int, job["prompts"]))) as bench:
         costs, ceilings = bench.subject.costs, bench.subject.ceilings
@@ -99,7 +101,9 @@ def vllm(job: Job) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     counts = list(map(int, job["prompts"]))
-    llm = LLM(model=job["model"], dtype="float32", max_num_seqs=max(counts), max_model_len=job["max_len"])
+    sizes = {"max_num_seqs": max(counts), "max_model_len": job["max_len"]}
+    # On a CPU that is the share of its memory, and the default is more than a machine mostly has free.
+    llm = LLM(model=job["model"], dtype="float32", gpu_memory_utilization=0.5, **sizes)
 
     def generate(ids: list[list[int]], new: int) -> list[list[int]]:
         params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
