@@ -46,7 +46,8 @@ class ScreenKernel:
         pointers = {name: part.data_ptr() for name, part in self._numbers.items()}
         self._weight = ScreenWeight(out=out, in_=columns, codes=self._codes.data_ptr(), **pointers)
         self._at = ctypes.addressof(self._weight)
-        library.screen_fill(self._at, ctypes.addressof(linear.as_floats()))
+        floats = linear.as_floats()
+        library.screen_fill(self._at, ctypes.addressof(floats))
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.linear.in_features
