@@ -19,6 +19,7 @@ def run(file, *arguments, **environment):
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("file", FILES)
 def test_kernels_give_what_torch_gives(file):

@@ -20,6 +20,7 @@ TIERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", TIERS)
 def test_a_tier_answers_like_transformers_on_a_gpu(model_type, tmp_path):
     folder, prompts = tiny_checkpoint(model_type, tmp_path), default_prompts()
