@@ -46,7 +46,7 @@ class TritonKernels:
         )
 
     def highest(self, linear: LinearKernel) -> None:
-        """A GPU reads its weights fast enough."""
+        """There is none: plain weights have no kernel here."""
 
     def experts(self, weights: Tensor, bias: Tensor | None) -> Experts | None:
         plain = type(weights) in (Tensor, torch.nn.Parameter) and weights.dtype in FLOATS and _is_here(weights)

@@ -31,7 +31,8 @@ inline int64_t blocks_of(const ScreenWeight& weight) { return (weight.out + W - 
 // Row r of block b; returns the square of its codes' length.
 inline float fill_row(const ScreenWeight& weight, const Weight& floats, float* row, int64_t b, int64_t r) {
     const int64_t n = b * W + r, in = weight.in;
-    for (int64_t k = 0; k < in; k += W) store(row + k, load_scales(floats.codes + n * floats.row_bytes, k, W, floats.scale_type));
+    const int32_t type = floats.packing == HALF ? FLOAT16 : floats.packing == BRAIN_HALF ? BFLOAT16 : FLOAT32;
+    for (int64_t k = 0; k < in; k += W) store(row + k, load_scales(floats.codes + n * floats.row_bytes, k, W, type));
     const float most = largest_magnitude(row, in), scale = most / LARGEST_CODE;
     const bool none = most < LEAST_NUMBER;  // a NaN goes on as one
     const VF factor = set1(none ? 0 : 1 / scale), one = set1(none ? 0 : scale);
@@ -140,7 +141,7 @@ template <int ROWS, int BLOCKS, bool ASK> void screen_tile(const ScreenCall& cal
         VF v = to_float(sums[X_PARTS - 1][i]);
         if (X_PARTS == 2) v = fma(set1(256), to_float(sums[0][i]), v);
         v = mul(mul(v, load(weight.scales + n)), set1(row.scale));
-        if (weight.bias) v = add(v, load(weight.bias + n));
+        if (weight.bias) v = add(v, load_first(weight.bias + n, int(std::min<int64_t>(W, weight.out - n))));
         float* out = call.out + (m + i % ROWS) * weight.out + n;
         if (n + W <= weight.out) store(out, v);
         else store_first(out, v, int(weight.out - n));

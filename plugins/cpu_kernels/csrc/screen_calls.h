@@ -16,7 +16,7 @@ struct ScreenWeight {
     float* rests;        // [out]: lengths of the rests
     float* lengths;      // [out]: of the rows
     float* code_length;  // [out / W]: of the longest row of codes of each W
-    const float* bias;   // [out], or null
+    const float* bias;   // [out] and no more, or null
     float longest;       // row of codes
 };
 

@@ -90,10 +90,12 @@ EXPORT int64_t core_kernels_screen_width(const void* given) {
     return set.find_screen ? set.find_screen()->width : 0;
 }
 
-// Fills the memory that `weight` points at from a weight of plain floats, whose type stands in scale_type.
-EXPORT void core_kernels_screen_fill(const void* given, ScreenWeight* weight, const Weight* floats) {
+// Fills the memory that `weight` points at from a head of plain floats, of core_kernels_make.
+EXPORT void core_kernels_screen_fill(const void* given, ScreenWeight* weight, const void* head) {
     const Screen* screen = static_cast<const InstructionSet*>(given)->find_screen();
-    const Filling filling{screen, weight, floats};
+    const Weight& floats = static_cast<const Ready*>(head)->plan.weight;
+    const Filling filling{screen, weight, &floats};
+    weight->bias = floats.bias;
     const int64_t blocks = (weight->out + screen->width - 1) / screen->width;
     Shares shares(fill, &filling, blocks, 16);
     share_out(shares, thread_count());

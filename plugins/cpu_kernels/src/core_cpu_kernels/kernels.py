@@ -22,7 +22,6 @@ GGML_PACKINGS = dict(zip(GGML, (102, 103, 106, 107, 108, 110, 111, 112, 113, 114
 GGML_PACKINGS |= {"F16": PACKINGS[torch.float16], "BF16": PACKINGS[torch.bfloat16]}  # halves are just halves
 TYPES = {torch.uint8: 1, torch.float16: 2, torch.bfloat16: 3, torch.float32: 4}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_FLOAT_TYPES = {PACKINGS[dtype]: TYPES[dtype] for dtype in FLOATS}
 
 
 class CpuKernels:
@@ -87,22 +86,11 @@ class KernelFunction:
         self.in_features, self.out_features = int(spec.in_), int(spec.out)
         self._kept = kept  # what the library points at
         self._spec = spec
-        self._type = _FLOAT_TYPES.get(spec.packing)
 
     @property
     def has_floats(self) -> bool:
         """True if the weight is plain floats, of four bytes or two."""
-        return self._type is not None
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self._kept.get("bias")
-
-    def as_floats(self) -> Weight:
-        """Return the description of a weight of floats with their type, which elsewhere the packing says."""
-        spec = Weight.from_buffer_copy(self._spec)
-        spec.scale_type = self._type
-        return spec
+        return self._spec.packing in [PACKINGS[dtype] for dtype in FLOATS]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Raises CoreError for an x of another width, or one that holds no floats."""

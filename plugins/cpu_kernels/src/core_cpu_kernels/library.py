@@ -82,7 +82,7 @@ class Library:
         self.attend = self._functions.core_kernels_attend  # (attention_set, layer, step, q, k, v, out) -> 0
         self.stack = partial(self._functions.core_kernels_stack, self._set)  # (attention_set, layers, call) -> 0
         self.screen_width: int = self._functions.core_kernels_screen_width(self._set)
-        self.screen_fill = partial(self._functions.core_kernels_screen_fill, self._set)  # (screen, weight)
+        self.screen_fill = partial(self._functions.core_kernels_screen_fill, self._set)  # (screen, made)
         self.highest = partial(self._functions.core_kernels_highest, self._set)  # (screen, made, x, out, rows) -> 0
         self.attention_set: int = self._functions.core_kernels_attention_set(self._set)
 

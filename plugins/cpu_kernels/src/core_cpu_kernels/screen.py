@@ -40,14 +40,10 @@ class ScreenKernel:
         self._codes = empty_on_huge_pages(blocks * width * columns)
         self._numbers = {name: torch.empty(blocks * width) for name in ("scales", "rests", "lengths")}
         self._numbers["code_length"] = torch.empty(blocks)
-        bias = linear.bias
-        if bias is not None:
-            self._numbers["bias"] = torch.cat([bias, bias.new_zeros(blocks * width - out)])
         pointers = {name: part.data_ptr() for name, part in self._numbers.items()}
         self._weight = ScreenWeight(out=out, in_=columns, codes=self._codes.data_ptr(), **pointers)
         self._at = ctypes.addressof(self._weight)
-        floats = linear.as_floats()
-        library.screen_fill(self._at, ctypes.addressof(floats))
+        library.screen_fill(self._at, linear.made)
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.linear.in_features

@@ -30,16 +30,18 @@ class HeadScreen:
     def run(self, forward: Callable[[], Tensor], only_highest: bool) -> Tensor:
         """Return the logits of a forward of the module."""
         self.is_on = only_highest and self.is_last
-        logits = self._run(forward)
-        if self.is_on and not self.is_last:
-            self.is_on = False
+        try:
             logits = self._run(forward)
-        self.is_on = False
-        return logits
+            if self.is_on and not self.is_last:
+                self.is_on = False
+                logits = self._run(forward)
+            return logits
+        finally:
+            self.is_on, self.made = False, None
 
     def _run(self, forward: Callable[[], Tensor]) -> Tensor:
         logits = forward()
-        self.is_last, self.made = logits is self.made, None
+        self.is_last = logits is self.made
         return logits
 
 
